@@ -1,0 +1,133 @@
+"""The vocabulary: roles of positions, the clock, the sites where a probe attaches, and the plan of an edit.
+
+Read this file first. It imports nothing else of the package; everything else speaks in its terms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+import torch
+
+
+class Role(IntEnum):
+    """What a position of the sequence is. Stored as int8; the values are written into traces."""
+
+    SYSTEM = 0  # everything of the template before the first visual token
+    VISUAL = 1  # an image feature
+    NEWLINE = 2  # a learned row separator inside the visual span
+    QUESTION = 3  # the user's text and the rest of the template
+    ANSWER = 4  # a generated slot, masked or filled
+    PAD = 5  # filler of a batch; never a key
+
+
+SEGMENTS: tuple[str, ...] = ("system", "visual", "newline", "question", "answer")
+"""Names of the key segments of `attention_mass`, indexed by `Role` (padding has none)."""
+
+
+class Fate(IntEnum):
+    """What became of one original visual token at one (step, layer): exactly one of these."""
+
+    KEPT = 1
+    DROPPED = 2
+    MERGED = 3
+    WITHDRAWN = 4
+    MASKED = 5  # still computed, but no query sees its key
+
+
+class Phase(StrEnum):
+    """What a forward pass is for."""
+
+    PREFILL = "prefill"
+    DENOISE = "denoise"
+    REFRESH = "refresh"
+    PROBE = "probe"
+    VERIFY = "verify"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The address of one forward pass. The loop owns it; nothing else counts.
+
+    `step` counts denoising steps over the whole generation, `nominal_steps` is how many were asked for
+    (an adaptive decoder may run fewer or more), `pass_index` counts forwards, which differ from steps when
+    guidance, refreshes or length probes add passes.
+    """
+
+    pass_index: int
+    step: int
+    block: int
+    step_in_block: int
+    nominal_steps: int
+    n_blocks: int
+    phase: Phase = Phase.DENOISE
+
+    @property
+    def progress(self) -> float:
+        """Steps begun before this one over nominal steps, in [0, 1): the default measure of `start: 50%`."""
+        return self.step / self.nominal_steps
+
+
+def first_step(fraction: float, nominal_steps: int) -> int:
+    """The first step at which a fraction of the steps has been run: `ceil(fraction * steps)`.
+
+    `first_step(0.5, 2) == 1`: one complete step, then the intervention.
+    """
+    return math.ceil(round(fraction * nominal_steps, 9))
+
+
+class Site(StrEnum):
+    """Where in one forward pass a probe can attach."""
+
+    BEFORE_LM = "before_lm"  # the assembled sequence, before layer 0
+    LAYER_INPUT = "layer.input"
+    LAYER_ATTENTION = "layer.attention"  # the attention rows of the layer
+    LAYER_AFTER_ATTENTION = "layer.after_attention"  # the residual stream between attention and MLP
+    LAYER_OUTPUT = "layer.output"
+    FINAL = "final"  # after the final norm
+    LOGITS = "logits"  # rows of answer slots through the head
+    COMMIT = "commit"  # what the step wrote
+    ENCODER_LAYER_OUTPUT = "encoder.layer.output"
+    ENCODER_OUTPUT = "encoder.output"
+    PROJECTOR_OUTPUT = "projector.output"
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether the site exists once per layer (and a probe at it must name layers)."""
+        return ".layer." in self.value or self.value.startswith("layer.")
+
+
+EDIT_SITES: tuple[Site, ...] = (
+    Site.BEFORE_LM,
+    Site.LAYER_INPUT,
+    Site.LAYER_AFTER_ATTENTION,
+    Site.LAYER_OUTPUT,
+    Site.FINAL,
+)
+"""Sites at which an intervention may remove visual tokens (`final`: for the steps after this one)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a selection decided for one sample, as plain index tensors over its alive visual tokens.
+
+    `kept` is `(k,)` int64, indices into the n alive visual tokens, in the order in which they shall stand.
+    `fate` says what becomes of the others.
+    """
+
+    kept: torch.Tensor
+    fate: Fate = Fate.DROPPED
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The sizes that a recipe is checked against, known without any weight."""
+
+    name: str
+    layers: int
+    heads: int
+    encoder_layers: int
+    vocabulary: int
+    width: int
