@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class Role(IntEnum):
@@ -128,6 +130,6 @@ class ModelFacts:
     name: str
     layers: int
     heads: int
-    encoder_layers: int
-    vocabulary: int
     width: int
+    vocabulary: int
+    encoder_layers: int

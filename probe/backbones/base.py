@@ -1,0 +1,151 @@
+"""The adapter contract: what a backbone must say about itself for every probe and recipe to run on it.
+
+An adapter says only where its model differs: how a question and pictures become a sequence with roles, where the
+decoder's modules are, which ids are special, and how rows of hidden states become logits. It knows nothing of
+probes, recipes, the loop or traces.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from probe.site import ModelFacts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample as the language model meets it: embeddings with a role for every position.
+
+    `embeds (P, width)`, `ids (P,)` int64 (negative where no token stands), `role (P,)` int8 of `Role`,
+    `visual (P,)` int64: the index 0..V-1 within the visual span (newlines included), -1 elsewhere.
+    `box (V, 4)` float32: what each visual token sees, as (x0, y0, x1, y1) fractions of its picture, NaN for newlines;
+    `view (V,)` int16: 0 for the first picture's base view, then its tiles, then the next picture's views.
+    `picture (V,)` int16: which picture. Text-only prompts have V = 0.
+    """
+
+    embeds: Tensor
+    ids: Tensor
+    role: Tensor
+    visual: Tensor
+    box: Tensor
+    view: Tensor
+    picture: Tensor
+
+    @property
+    def n_visual(self) -> int:
+        """Tokens of the visual span, newlines included."""
+        return self.box.shape[0]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the image encoder made of a sample's pictures: `projected (views, patches, width)` and their layout.
+
+    Encoded once per sample; `layout` is the adapter's own business (tile grids, sizes), opaque to others.
+    """
+
+    projected: Tensor
+    layout: object
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """The modules of one decoder (or encoder) layer that hooks attach to."""
+
+    layer: nn.Module
+    attention: nn.Module
+    pre_mlp_norm: nn.Module
+    mlp: nn.Module
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids that the decoding rule needs. `suppressed` are never predicted at masked slots."""
+
+    mask: int
+    eos: int
+    stop: int
+    suppressed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Settings of the denoising loop when neither the recipe nor the sample says otherwise."""
+
+    gen_length: int = 128
+    block_length: int = 128
+    steps: int = 128
+    stop: tuple[str, ...] = field(default=())
+
+
+class Backbone(ABC, nn.Module):
+    """A discrete-diffusion multimodal LLM behind one face. Weights in eval mode, no gradients."""
+
+    facts: ModelFacts
+    special: SpecialIds
+    defaults: GenerationDefaults
+    logit_shift: int = 0
+    """Row p predicts slot p + logit_shift (0: LLaDA family, 1: Dream family)."""
+    source: str
+    """Where the weights came from (folder or Hub id), for the trace."""
+    revision: str
+    """A fingerprint of the weights (sha256 of the safetensors headers and sizes, or the Hub commit)."""
+
+    @property
+    @abstractmethod
+    def lm(self) -> nn.Module:
+        """The decoder without its head, called as `lm(inputs_embeds=, position_ids=, attention_mask=)`."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> Sequence[LayerModules]:
+        """The decoder's layers, first to last."""
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer."""
+
+    @property
+    @abstractmethod
+    def encoder_layers(self) -> Sequence[LayerModules]:
+        """The image encoder's layers in use, first to last."""
+
+    @abstractmethod
+    def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """`(cos, sin)`, each `(batch, length, head size)` in the dtype of `hidden`, at `position (batch, length)`."""
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings `(..., width)`."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final-normed rows `(..., width)` to float32 logits `(..., vocabulary)`."""
+
+    @abstractmethod
+    def encode_images(self, images: Sequence[Image.Image]) -> Features:
+        """Preprocess, encode and project the pictures of one sample. The costly half of `encode`."""
+
+    @abstractmethod
+    def assemble(self, question: str, features: Features | None, *, think: bool = False) -> Prompt:
+        """Lay out template, visual tokens and question as one sequence with roles."""
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a bare string (stop strings, suffixes, drafts): no template, no special tokens added."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The answer text of generated ids, as the model's own evaluation would clean it."""
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image], question: str, *, think: bool = False) -> Prompt:
+        """One sample to a `Prompt`: `assemble` after `encode_images`."""
+        return self.assemble(question, self.encode_images(images) if images else None, think=think)
