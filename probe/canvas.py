@@ -1,0 +1,83 @@
+"""The sequence that is being denoised: prompt embeddings, answer slots, an optional fixed suffix.
+
+Rows are addressed by their number at the start (`uid`); the layout says where they stand now. Nothing here knows the
+model or the loop's rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from probe.backbones.base import Prompt
+from probe.site import Plan, Role
+from probe.surgery import Layout, Order, Positions, hide, make_layout, narrow, take
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """`embeds (batch, length, width)` and its layout; per sample (host): roles and prompt length at the start.
+
+    `roles[b] (P + gen_length + suffix,)` int8 on the host; answer slots of sample b start at `prompt_length[b]`.
+    """
+
+    embeds: Tensor
+    layout: Layout
+    roles: tuple[Tensor, ...]
+    prompt_length: tuple[int, ...]
+    gen_length: int
+    suffix_length: int
+    n_visual_at_start: tuple[int, ...]
+
+    @property
+    def answer_rows(self) -> list[list[int]]:
+        """Rows (at the start) of each sample's generated slots."""
+        return [list(range(p, p + self.gen_length)) for p in self.prompt_length]
+
+    def rows_of(self, role: Role, sample: int) -> list[int]:
+        """Rows (at the start) of one role."""
+        return (self.roles[sample] == int(role)).nonzero()[:, 0].tolist()
+
+    def narrowed(self, plans: Sequence[Plan | None], *, positions: Positions, order: Order) -> Canvas:
+        """The canvas without the visual tokens that the plans do not keep, for good."""
+        layout, index = narrow(self.layout, plans, positions=positions, order=order)
+        return replace(self, embeds=take(self.embeds, index), layout=layout)
+
+    def hidden(self, plans: Sequence[Plan | None]) -> Canvas:
+        """The canvas with the keys of those tokens hidden, for good."""
+        return replace(self, layout=hide(self.layout, plans))
+
+    def write(self, rows: Tensor, embeds: Tensor, where: Tensor) -> None:
+        """In place: rows `(batch, r)` (at the start) take `embeds (batch, r, width)` where `where (batch, r)`."""
+        now = self.layout.locate(rows)[..., None].expand(-1, -1, self.embeds.shape[-1])
+        old = self.embeds.gather(1, now)
+        self.embeds.scatter_(1, now, torch.where(where[..., None], embeds.to(old.dtype), old))
+
+    def unconditional(self, mask_embed: Tensor) -> Tensor:
+        """Embeddings of the unguided stream: every prompt row, visual ones too, becomes the mask embedding."""
+        prompt = (self.layout.role != int(Role.ANSWER)) & (self.layout.role != int(Role.PAD))
+        return torch.where(prompt[..., None], mask_embed, self.embeds)
+
+
+def make_canvas(prompts: Sequence[Prompt], mask_embed: Tensor, gen_length: int, suffix: Tensor | None = None) -> Canvas:
+    """Prompts, then `gen_length` mask embeddings, then the suffix embeddings `(s, width)`; padded on the right."""
+    tail = mask_embed.expand(gen_length, -1)
+    if suffix is not None:
+        tail = torch.cat([tail, suffix.to(tail.dtype)])
+    answer = torch.full((tail.shape[0],), int(Role.ANSWER), dtype=torch.int8)
+    nothing = torch.full((tail.shape[0],), -1, dtype=torch.int64)
+    roles = tuple(torch.cat([p.role.cpu(), answer]) for p in prompts)
+    layout = make_layout(roles, [torch.cat([p.visual.cpu(), nothing]) for p in prompts], mask_embed.device)
+    embeds = torch.nn.utils.rnn.pad_sequence([torch.cat([p.embeds, tail]) for p in prompts], batch_first=True)
+    return Canvas(
+        embeds=embeds,
+        layout=layout,
+        roles=roles,
+        prompt_length=tuple(p.embeds.shape[0] for p in prompts),
+        gen_length=gen_length,
+        suffix_length=tail.shape[0] - gen_length,
+        n_visual_at_start=tuple(p.n_visual for p in prompts),
+    )

@@ -1,0 +1,1 @@
+"""Decoding policies: pure functions that the loop is given. One small file each."""
