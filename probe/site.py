@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,11 @@ class Role(IntEnum):
 
 SEGMENTS: tuple[str, ...] = ("system", "visual", "newline", "question", "answer")
 """Names of the key segments of `attention_mass`, indexed by `Role` (padding has none)."""
+
+
+QuerySet = Literal["answer", "masked", "filled", "last", "last_prompt", "question", "system", "visual", "all"]
+"""Which rows of the sequence look: all answer slots, those still masked, those filled, the last row of the sequence,
+the last row before the answer, the question's, the system prompt's, the alive visual tokens', or every row."""
 
 
 class Fate(IntEnum):

@@ -1,0 +1,103 @@
+"""Signals: what can be recorded. Pure reductions on the device; only their result leaves it.
+
+A signal function's positional parameters name what it is given. At `layer.attention`: `received (batch, head, key)`
+float32, the attention each key receives, averaged over the query rows; `key_role (batch, key)` int8; `key_visual
+(batch, key)` int64 original visual index or -1; `n_visual` the largest number of visual tokens in the batch. At
+`logits`: `logits (batch, row, vocabulary)` as the decision used them (guided and suppressed), `confidence (batch,
+row)`. The result is `(batch, *dims)`, or `(batch, row)` for a signal over positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from probe.attend import Form
+from probe.registry import signals
+from probe.site import SEGMENTS, QuerySet, Site
+
+
+def _mass_dims(params: dict[str, Any]) -> tuple[str, ...]:
+    return ("head", "segment", "segment_key") if params.get("heads") == "each" else ("segment", "segment_key")
+
+
+@signals.register(
+    site=Site.LAYER_ATTENTION,
+    dims=_mass_dims,
+    units="1",
+    long_name="attention mass from a segment's rows to each key segment (sums to 1)",
+    formula="mean_i in queries sum_j in segment_key A_ij (arXiv 2511.15098, figure 2)",
+)
+def attention_mass(
+    received: Tensor,
+    key_role: Tensor,
+    *,
+    queries: QuerySet = "answer",
+    form: Form = "softmax",
+    heads: Literal["mean", "each"] = "mean",
+) -> Tensor:
+    """Share of the queries' attention that falls on system, visual, newline, question and answer positions.
+
+    `(batch, segment_key)`, or `(batch, head, segment_key)` with `heads: each`. A segment's size counts: uniform
+    attention gives it n_segment / n. `form: head_mean_logits` is the study's release; it has no head axis.
+    """
+    of_role = torch.nn.functional.one_hot(key_role.long(), len(SEGMENTS) + 1)[..., : len(SEGMENTS)].to(received.dtype)
+    mass = received @ of_role
+    return mass if heads == "each" else mass.mean(1)
+
+
+@signals.register(
+    site=Site.LAYER_ATTENTION,
+    dims=("visual",),
+    units="1",
+    long_name="attention that each visual token receives from the query rows",
+    formula="mean_h mean_i in queries A^h_ij",
+)
+def visual_importance(
+    received: Tensor, key_visual: Tensor, n_visual: int, *, queries: QuerySet = "answer", form: Form = "softmax"
+) -> Tensor:
+    """`(batch, n_visual)`: NaN where the token is gone at this layer."""
+    mean = received.mean(1)
+    out = torch.full((mean.shape[0], n_visual + 1), torch.nan, dtype=mean.dtype, device=mean.device)
+    return out.scatter_(1, key_visual.where(key_visual >= 0, n_visual), mean)[:, :n_visual]
+
+
+@signals.register(
+    site=Site.LOGITS,
+    dims=("position",),
+    units="1",
+    long_name="probability of the candidate token of each slot that could be committed",
+    formula="softmax64(logits)[candidate], noise-free",
+    always=True,
+)
+def confidence(confidence: Tensor) -> Tensor:
+    """`(batch, row)` float64, as the decoding rule computes it."""
+    return confidence
+
+
+@signals.register(
+    site=Site.LOGITS,
+    dims=("position",),
+    units="nat",
+    long_name="entropy of the token distribution of each slot that could be committed",
+    formula="-sum_v p_v ln p_v",
+)
+def entropy(logits: Tensor) -> Tensor:
+    """`(batch, row)` float32; suppressed tokens have probability 0 and add nothing."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p.where(log_p > -torch.inf, 0)).sum(-1)
+
+
+@signals.register(
+    site=Site.LOGITS,
+    dims=("position",),
+    units="1",
+    long_name="probability of the best token less that of the second best",
+    formula="p_(1) - p_(2)",
+)
+def margin(logits: Tensor) -> Tensor:
+    """`(batch, row)` float32."""
+    top = logits.softmax(-1).topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
