@@ -1,0 +1,390 @@
+"""LLaDA-V (You et al. 2025) on transformers' own Llama and SigLIP: where it differs from them, and nothing else.
+
+The language model is Llama with full attention; the encoder is SigLIP without its last layer, its final norm and its
+pooling head; a two-layer projector maps every patch, and only then are tiles joined, trimmed, shrunk and given their
+newlines (`layout`). Logits are not shifted. The published loader forces the encoder to float16 and runs the decoding
+loop under float16 autocast; here everything runs in the one type that was asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
+from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+
+from probe.backbones import llada_v_config as names
+from probe.backbones import prompt as text
+from probe.backbones.anyres import Geometry, Tiling
+from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds
+from probe.backbones.checkpoint import Checkpoint, Shape, Tensors, check_names
+from probe.backbones.layout import Cells, Clip, Layout, Plain, Tiled
+from probe.backbones.pixels import frame_views, padded_views, tiled_views
+from probe.backbones.splice import splice
+from probe.backbones.tokens import Tokenizer, load_tokenizer, special_ids
+from probe.errors import ProbeError
+from probe.site import ModelFacts, Role
+
+ATTENTION = "sdpa"
+"""The attention implementation when none is asked for."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+_LLAMA_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "rms_norm_eps", "attention_bias", "mlp_bias", "head_dim",
+)  # fmt: skip
+_SIGLIP_FIELDS = tuple(names.SIGLIP_SO400M)
+
+
+class BidirectionalLlama(LlamaModel):
+    """Llama in which every position sees every other."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        config.is_causal = False  # transformers then builds bidirectional masks, also from `attention_mask=None`
+        super().__init__(config)
+        for layer in self.layers:
+            layer.self_attn.is_causal = False  # else kernels that are given no mask add a causal one
+
+    def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
+        """As Llama's, with `attention_mask` None (nothing is padded), `(batch, key)` true at real keys, or 4-D.
+
+        4-D masks are `(batch, 1 or heads, query, key)`: bool or integer (true: may attend), or floats to be added.
+        """
+        embeds = kwargs.get("inputs_embeds")
+        dtype = embeds.dtype if embeds is not None else self.embed_tokens.weight.dtype
+        mask = attention_bias(attention_mask, str(self.config._attn_implementation), dtype)
+        return cast(BaseModelOutputWithPast, super().forward(*args, attention_mask=mask, **kwargs))
+
+
+def attention_bias(mask: Tensor | None, attention: str, dtype: torch.dtype) -> Tensor | None:
+    """A mask in the form that an attention implementation takes: only eager cannot take 4-D truth values."""
+    if mask is None or mask.ndim != 4 or mask.is_floating_point():
+        return mask
+    allowed = mask.bool()
+    if attention != "eager":
+        return allowed
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+class LladaV(Backbone):
+    """LLaDA-V behind the adapter contract. Without an encoder it is the language model alone."""
+
+    defaults = GenerationDefaults(gen_length=128, block_length=128, steps=128, stop=(names.EOT.text,))
+    logit_shift = 0
+
+    def __init__(
+        self,
+        llama: LlamaConfig,
+        siglip: SiglipVisionConfig | None,
+        *,
+        facts: ModelFacts,
+        special: SpecialIds,
+        geometry: Geometry | None = None,
+        projector: str = "mlp2x_gelu",
+        newlines: str = "grid",
+        max_length: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        source: str = "",
+        revision: str = "",
+    ) -> None:
+        super().__init__()
+        self.facts, self.special, self.source, self.revision = facts, special, source, revision
+        self.geometry, self.newlines, self.max_length, self.tokenizer = geometry, newlines, max_length, tokenizer
+        self.model = BidirectionalLlama(llama)
+        self.lm_head = nn.Linear(llama.hidden_size, llama.vocab_size, bias=False)
+        self.vision_tower: nn.Module | None = None
+        if siglip is not None:
+            tower = SiglipVisionModel(siglip)
+            self.vision_tower = getattr(tower, "vision_model", tower)
+            self.mm_projector = _projector(projector, siglip.hidden_size, llama.hidden_size)
+            self.image_newline = nn.Parameter(torch.empty(llama.hidden_size))
+        self._layers = tuple(
+            LayerModules(x, x.self_attn, x.post_attention_layernorm, x.mlp) for x in self.model.layers
+        )
+        encoder = self.vision_tower.encoder.layers if self.vision_tower is not None else ()
+        self._encoder_layers = tuple(LayerModules(x, x.self_attn, x.layer_norm2, x.mlp) for x in encoder)  # type: ignore[union-attr]
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
+        attention: str | None = None,
+        encoder_attention: str | None = None,
+        vocab: str = "tokenizer",
+        special: SpecialIds | None = None,
+    ) -> Self:
+        """Build without initialising, then take every tensor from the checkpoint: none missing, none left over.
+
+        `vocab="tokenizer"` cuts the embedding and the head to the tokenizer's length, as the published loader does;
+        `"full"` keeps every row. `special` replaces the ids found in the tokenizer.
+        """
+        if vocab not in ("tokenizer", "full"):
+            raise ProbeError(f"vocab={vocab!r}; known: tokenizer, full")
+        config, vision = checkpoint.config, names.vision_settings(checkpoint)
+        facts, tokenizer = names.facts_of(checkpoint), load_tokenizer(checkpoint.folder)
+        rows = int(config["vocab_size"])
+        if tokenizer is not None and len(tokenizer) > rows:
+            raise ProbeError(f"{checkpoint.folder}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows")
+        kept = len(tokenizer) if tokenizer is not None and vocab == "tokenizer" else rows
+        kind = attention or ATTENTION
+        with torch.device("meta"):
+            model = cls(
+                llama_config(config, kept, kind),
+                siglip_config(vision, encoder_attention or kind) if vision else None,
+                facts=ModelFacts(facts.name, facts.layers, facts.heads, facts.width, kept, facts.encoder_layers),
+                special=special_ids(tokenizer, special, kept, checkpoint.source),
+                geometry=names.tower_geometry(config, vision) if vision else None,
+                projector=str(config.get("mm_projector_type", "linear")),
+                newlines=str(config.get("mm_newline_position", "one_token")),
+                max_length=config.get("tokenizer_model_max_length"),
+                tokenizer=tokenizer,
+                source=checkpoint.source,
+                revision=checkpoint.fingerprint,
+            )
+        with checkpoint.tensors(str(device)) as weights:
+            model._take(weights, checkpoint, rows, _dtype(dtype, weights, torch.device(device)))
+        return model
+
+    def _take(self, weights: Tensors, checkpoint: Checkpoint, rows: int, dtype: torch.dtype) -> None:
+        """Replace the meta tensors by the checkpoint's, cut to the vocabulary in use, and make the computed buffers."""
+        own = self.state_dict()
+        tied = bool(checkpoint.config.get("tie_word_embeddings")) and HEAD not in weights.shapes
+        published = {name: EMBEDDING if tied and name == HEAD else published_name(name) for name in own}
+        cut = {EMBEDDING, HEAD}
+        expected: dict[str, Shape] = {
+            key: (rows, *own[name].shape[1:]) if key in cut else tuple(own[name].shape) for name, key in published.items()
+        }
+        check_names(expected, weights.shapes, checkpoint.folder)
+        values = {
+            name: weights.read(key, own[name].shape[0] if key in cut else None).to(dtype)
+            for name, key in published.items()
+        }
+        self.load_state_dict(values, assign=True)
+        device = self.device
+        self.model.rotary_emb = LlamaRotaryEmbedding(self.model.config).to(device)
+        if self.vision_tower is not None:
+            patches = self.vision_tower.embeddings
+            patches.position_ids = torch.arange(patches.num_positions, device=device)[None]  # type: ignore[union-attr]
+        self.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights and activations."""
+        return self.lm_head.weight.dtype
+
+    @property
+    def lm(self) -> BidirectionalLlama:
+        """The decoder without its head."""
+        return self.model
+
+    @property
+    def layers(self) -> Sequence[LayerModules]:
+        """The decoder's layers, first to last."""
+        return self._layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer."""
+        return self.model.norm
+
+    @property
+    def encoder_layers(self) -> Sequence[LayerModules]:
+        """The encoder's layers in use; none without an encoder."""
+        return self._encoder_layers
+
+    def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """`(cos, sin)`, each `(batch, length, head size)`, angles computed in float32."""
+        cos, sin = self.model.rotary_emb(hidden, position)
+        return cos, sin
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings `(..., width)`."""
+        return cast(Tensor, self.model.embed_tokens(ids))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final-normed rows to float32 logits; the product itself is in the model's type."""
+        return cast(Tensor, self.lm_head(hidden)).float()
+
+    @torch.no_grad()
+    def vision_features(self, pixels: Tensor) -> Tensor:
+        """`(views, 3, tile, tile)` to `(views, patches, encoder width)`: the last kept layer, before any final norm."""
+        tower = self._tower()
+        patches = tower.embeddings(pixels.to(self.device, self.dtype))
+        return cast(Tensor, tower.encoder(inputs_embeds=patches).last_hidden_state)
+
+    @torch.no_grad()
+    def encode_views(self, pixels: Tensor) -> Tensor:
+        """`(views, 3, tile, tile)` to projected features `(views, patches, width)`."""
+        return cast(Tensor, self.mm_projector(self.vision_features(pixels)))
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Features:
+        """One picture as a base view and tiles; several as one padded square each, as the published evaluation does."""
+        geometry = self._geometry()
+        if not images:
+            raise ProbeError("no picture to encode; leave the features out for a question without pictures")
+        if len(images) == 1 and geometry.pinpoints:
+            tiling = Tiling(geometry, *images[0].size)
+            return Features(self.encode_views(tiled_views(images[0], tiling)), (Tiled(tiling),))
+        plain = tuple(Plain(geometry, *image.size) for image in images)
+        return Features(self.encode_views(padded_views(images, geometry.tile)), plain)
+
+    def encode_video(self, frames: Sequence[Image.Image]) -> Features:
+        """Frames of one clip, pooled by two and separated as the config says; takes one place in the question."""
+        if not frames:
+            raise ProbeError("a clip without frames")
+        geometry = self._geometry()
+        return Features(self.encode_views(frame_views(frames, geometry.tile)), (Clip(geometry, len(frames), self.newlines),))
+
+    @torch.no_grad()
+    def lay_out(self, features: Features) -> tuple[list[Tensor], Cells]:
+        """Visual tokens `(tokens, width)` of every picture, and the description of all of them in order."""
+        layouts = cast(Sequence[Layout], features.layout)
+        tokens, cells, view, picture = [], [], 0, 0
+        for layout in layouts:
+            tokens.append(layout.tokens(features.projected[view : view + layout.views], self.image_newline))
+            own = layout.cells()
+            cells.append(Cells(own.newline, own.box, own.view + view, own.picture + picture))
+            view, picture = view + layout.views, picture + layout.pictures
+        joined = (torch.cat(part) for part in zip(*((c.newline, c.box, c.view, c.picture) for c in cells), strict=True))
+        return tokens, Cells(*joined)
+
+    @torch.no_grad()
+    def assemble(self, question: str, features: Features | None, *, think: bool = False) -> Prompt:
+        """Template, visual tokens and question as one sequence; cut to the config's length when there are pictures."""
+        tokenizer = self._tokenizer()
+        layouts = cast(Sequence[Layout], features.layout) if features else ()
+        asked = text.ask(question, len(layouts), think=think)
+        prompt = tokenizer.render(text.messages([(text.USER, asked)]))
+        if features is None:
+            ids = tokenizer.encode(prompt)
+            return self.without_pictures(ids, text.shared_prefix(tokenizer.encode(prompt[: prompt.rfind(asked.strip())]), ids))
+        ids = text.to_ids(prompt, tokenizer.encode, tokenizer.bos)
+        return self.with_pictures([i for i in ids if i != tokenizer.pad], features)
+
+    @torch.no_grad()
+    def with_pictures(self, ids: Sequence[int], features: Features) -> Prompt:
+        """A sequence from ids in which `splice.IMAGE` stands for each picture."""
+        tokens, cells = self.lay_out(features)
+        row = torch.tensor([list(ids)], device=self.device)
+        done = splice(row, None, tokens, self.embed, limit=self.max_length)
+        used = done.visual[0]
+        where = used >= 0
+        seen = used[where].to("cpu")
+        first = int(where.nonzero()[0]) if bool(where.any()) else used.shape[0]
+        role = torch.full_like(used, Role.QUESTION, dtype=torch.int8)
+        role[:first] = Role.SYSTEM
+        newline = cells.newline[seen].to(role.device)
+        role[where] = torch.where(newline, int(Role.NEWLINE), int(Role.VISUAL)).to(torch.int8)
+        visual = torch.where(where, where.cumsum(0) - 1, -1)
+        of_visual = (part[seen].to(self.device) for part in (cells.box, cells.view, cells.picture))
+        return Prompt(done.embeds[0], done.ids[0], role, visual, *of_visual)
+
+    @torch.no_grad()
+    def without_pictures(self, ids: Sequence[int], system: int) -> Prompt:
+        """A sequence of text alone, the first `system` positions of which belong to the template."""
+        row = torch.tensor(list(ids), device=self.device)
+        role = torch.full_like(row, Role.QUESTION, dtype=torch.int8)
+        role[:system] = Role.SYSTEM
+        none = torch.zeros(0, dtype=torch.int16, device=self.device)
+        return Prompt(self.embed(row), row, role, torch.full_like(row, -1), none.new_zeros((0, 4)).float(), none, none)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a bare string; the tokenizer's own special tokens are recognised, none are added."""
+        return self._tokenizer().encode_bare(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The answer: special tokens left out, one trailing full stop dropped, outer blanks dropped."""
+        return text.clean(self._tokenizer().decode(ids))
+
+    def _tower(self) -> Any:
+        if self.vision_tower is None:
+            raise ProbeError(f"{self.source} is a language model without an image encoder (no `mm_vision_tower`)")
+        return self.vision_tower
+
+    def _geometry(self) -> Geometry:
+        self._tower()
+        return cast(Geometry, self.geometry)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ProbeError(f"{self.source} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
+        return self.tokenizer
+
+
+def published_name(name: str) -> str:
+    """The checkpoint's name of one of this class's own parameters."""
+    if name.startswith("vision_tower."):
+        return TOWER + name.removeprefix("vision_tower.")
+    return f"model.{name}" if name.startswith(("mm_projector.", "image_newline")) else name
+
+
+def llama_config(config: Mapping[str, Any], vocabulary: int, attention: str) -> LlamaConfig:
+    """transformers' settings from the checkpoint's, which still spell the rotary base the old way."""
+    rope = config.get("rope_parameters")
+    if not rope:
+        scaling = dict(config.get("rope_scaling") or {})
+        kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
+        rope = {**scaling, "rope_type": kind, "rope_theta": float(config.get("rope_theta", 10000.0))}
+    known = {k: config[k] for k in _LLAMA_FIELDS if config.get(k) is not None}
+    try:
+        return LlamaConfig(
+            **known, vocab_size=vocabulary, rope_parameters=rope, use_cache=False, attention_dropout=0.0,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False,
+            attn_implementation=attention,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise ProbeError(f"config.json does not describe a Llama: {error}") from error
+
+
+def siglip_config(vision: Mapping[str, Any], attention: str) -> SiglipVisionConfig:
+    """The encoder's settings with its last layer and its head left out."""
+    known = {k: vision[k] for k in _SIGLIP_FIELDS if k in vision}
+    known["num_hidden_layers"] = int(known["num_hidden_layers"]) - 1
+    try:
+        return SiglipVisionConfig(**known, attention_dropout=0.0, vision_use_head=False, attn_implementation=attention)
+    except (TypeError, ValueError) as error:
+        raise ProbeError(f"the encoder's settings do not describe a SigLIP: {error}") from error
+
+
+def _projector(kind: str, inner: int, outer: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(inner, outer)
+    match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    if not match:
+        raise ProbeError(f"`mm_projector_type` is {kind!r}; supported: linear, mlpNx_gelu")
+    layers: list[nn.Module] = [nn.Linear(inner, outer)]
+    for _ in range(int(match[1]) - 1):
+        layers += [nn.GELU(), nn.Linear(outer, outer)]
+    return nn.Sequential(*layers)
+
+
+def _dtype(asked: str | torch.dtype, weights: Tensors, device: torch.device) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked != "auto":
+        dtype = getattr(torch, asked, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ProbeError(f"dtype={asked!r}; known: auto, float32, bfloat16, float16")
+        return dtype
+    if EMBEDDING not in weights.shapes:
+        return torch.float32  # the check of names, which comes next, says what is wrong
+    stored = weights.read(EMBEDDING, 1).dtype
+    return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored

@@ -1,0 +1,74 @@
+"""A checkpoint's tokenizer behind four verbs, and the special ids that the decoding rule needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from probe.backbones import llada_v_config as names
+from probe.backbones.base import SpecialIds
+from probe.backbones.prompt import Message, render
+from probe.errors import ProbeError
+
+
+class Tokenizer:
+    """A fast tokenizer, with the checkpoint's chat template when it has one, else the built-in rendering."""
+
+    def __init__(self, fast: Any) -> None:
+        self._fast = fast
+        self.bos: int | None = fast.bos_token_id
+        self.pad: int | None = fast.pad_token_id if fast.pad_token_id is not None else fast.eos_token_id
+
+    def __len__(self) -> int:
+        return len(self._fast)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of one token given as a string, or None."""
+        return cast("int | None", self._fast.backend_tokenizer.token_to_id(token))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids with whatever the tokenizer adds by itself."""
+        return list(self._fast(text).input_ids)
+
+    def encode_bare(self, text: str) -> list[int]:
+        """Ids with nothing added."""
+        return list(self._fast(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return cast(str, self._fast.decode(list(ids), skip_special_tokens=True))
+
+    def render(self, chat: Sequence[Message]) -> str:
+        """A chat as the prompt string, with an open assistant turn at its end."""
+        if not self._fast.chat_template:
+            return render(chat)
+        return cast(str, self._fast.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint's folder, or None when it has none."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # tokenizers raises plain Exception for a malformed file
+        raise ProbeError(f"{folder / 'tokenizer.json'} is no usable tokenizer: {error}") from error
+
+
+def special_ids(tokenizer: Tokenizer | None, given: SpecialIds | None, vocabulary: int, source: str) -> SpecialIds:
+    """The ids that decoding needs: those given, else by their strings in the tokenizer, else the published numbers."""
+    tokens = (names.MASK, names.EOS, names.EOT, names.BOS, names.START_HEADER, names.END_HEADER)
+    if given is None:
+        found = {t.text: tokenizer.id_of(t.text) if tokenizer else t.id for t in tokens}
+        lacking = [k for k, v in found.items() if v is None]
+        if lacking:
+            raise ProbeError(f"the tokenizer of {source} lacks {', '.join(lacking)}; give `special` ids instead")
+        mask, eos, stop, *more = (cast(int, v) for v in found.values())
+        given = SpecialIds(mask, eos, stop, (eos, *more))
+    beyond = [i for i in (given.mask, given.eos, given.stop, *given.suppressed) if not 0 <= i < vocabulary]
+    if beyond:
+        raise ProbeError(f"special id {beyond[0]} is outside of the {vocabulary} rows of {source}; give `special` ids instead")
+    return given
