@@ -9,8 +9,8 @@ It knows nothing of probes, steps or the loop: a request names rows and receives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,14 +42,18 @@ class RowRequest:
     receive: Callable[[Tensor, int], None]
 
 
-@contextmanager
-def requesting(attention: nn.Module, requests: Sequence[RowRequest]) -> Iterator[None]:
-    """Have `attention` answer `requests` in the forwards inside the block."""
-    attention.__dict__[_SLOT] = tuple(requests)
-    try:
-        yield
-    finally:
-        attention.__dict__.pop(_SLOT, None)
+def ask(
+    attention: nn.Module,
+    requests: Sequence[RowRequest],
+    timed: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Have an attention module answer `requests` in every forward until `forget`, inside `timed()`."""
+    attention.__dict__[_SLOT] = (tuple(requests), timed)
+
+
+def forget(attention: nn.Module) -> None:
+    """Drop the module's requests, if it has any."""
+    attention.__dict__.pop(_SLOT, None)
 
 
 def attention_rows(query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None, scaling: float, form: Form) -> Tensor:
@@ -85,10 +89,12 @@ def _answer_requests(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
 ) -> None:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    for request in module.__dict__[_SLOT]:
-        for first in range(0, request.rows.shape[1], CHUNK):
-            rows = request.rows[:, first : first + CHUNK]
-            request.receive(attention_rows(query, key, rows, mask, scale, request.form), first)
+    requests, timed = module.__dict__[_SLOT]
+    with timed():
+        for request in requests:
+            for first in range(0, request.rows.shape[1], CHUNK):
+                rows = request.rows[:, first : first + CHUNK]
+                request.receive(attention_rows(query, key, rows, mask, scale, request.form), first)
 
 
 def eager_attention(

@@ -73,8 +73,8 @@ class Pass:
     """One forward pass that the loop asks for.
 
     `rows (batch, r)` int64 are the canvas rows (numbered at the start) whose logits are needed; `masked[b]` and
-    `filled[b]` (host) are the answer rows that are still masked or already written. `unconditional` carries the
-    second stream's embeddings under guidance: its logits follow the first stream's along the batch.
+    `filled[b]` (host) are the answer rows that are still masked or already written. Under guidance (`guided`) a second
+    stream runs on `canvas.unconditional(mask embedding)`; its logits follow the first stream's along the batch.
     """
 
     clock: Clock
@@ -82,7 +82,7 @@ class Pass:
     rows: Tensor
     masked: list[list[int]]
     filled: list[list[int]]
-    unconditional: Tensor | None = None
+    guided: bool = False
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def denoise(
                 rows=rows,
                 masked=[[canvas.prompt_length[b] + int(i) for i in np.flatnonzero(m)] for b, m in enumerate(answer_masked)],
                 filled=[[canvas.prompt_length[b] + int(i) for i in np.flatnonzero(~m)] for b, m in enumerate(answer_masked)],
-                unconditional=canvas.unconditional(mask_embed) if rule.cfg_scale > 0 else None,
+                guided=rule.cfg_scale > 0,
             )
             result = forward(request)
             passes += 1

@@ -1,8 +1,8 @@
 """Scores: how much each visual token of one sample is worth. Pure functions; higher means keep.
 
 Positional parameters are the tensors that a score needs, of one sample with n alive visual tokens: `hidden (n, width)`
-at the probe's site, `embedding (n, width)` as they entered the language model, `attention (head, query, n)` float32
-rows of the layer that `layer` names, `n` itself, `generator` seeded per sample, probe and step. They return `(n,)`
+at the probe's site, `embedding (n, width)` as they entered the language model, `received (head, n)` float32: the
+attention that each token receives in the layer that `layer` names, averaged over the query rows, `n` itself, `generator` seeded per sample, probe and step. They return `(n,)`
 float32, or `(n, n)` where the recipe asks for all pairs.
 """
 
@@ -21,22 +21,20 @@ from probe.site import QuerySet
 
 @scores.register
 def attention(
-    attention: Tensor,
+    received: Tensor,
     *,
     queries: QuerySet = "last",
     layer: int = 0,
     heads: Literal["mean", "max"] = "mean",
-    reduce: Literal["mean", "sum"] = "mean",
     form: Form = "softmax",
 ) -> Tensor:
-    """Attention that each visual token receives from the query rows.
+    """Attention that each visual token receives, averaged over the query rows, then over the heads.
 
-    FastV (Chen et al., ECCV 2024): `queries: last, layer: -1, heads: mean`, the last row of the layer before. The
-    sum over queries and the mean rank alike. `layer` is relative to the probe's own: 0 is its own attention (known
-    from `layer.after_attention` on), -1 the layer before.
+    FastV (Chen et al., ECCV 2024): `queries: last, layer: -1, heads: mean`, the last row of the layer before.
+    `layer` is relative to the probe's own: 0 is its own attention (known from `layer.after_attention` on), -1 the
+    layer before. Rows are reduced as they come, so `queries: all` forms no square map.
     """
-    by_query = attention.mean(0) if heads == "mean" else attention.amax(0)
-    return by_query.mean(0) if reduce == "mean" else by_query.sum(0)
+    return received.mean(0) if heads == "mean" else received.amax(0)
 
 
 @scores.register

@@ -89,7 +89,7 @@ def greedy_diverse(
         first = others.max(0).values.argmin(0, keepdim=True)
     kept = [first]
     # nearest[j]: similarity of j to the most similar kept token; kept ones are pushed out of the running
-    nearest = similarity[first[0]].clone().scatter_(0, first, torch.inf)
+    nearest = similarity.index_select(0, first)[0].scatter_(0, first, torch.inf)
     for _ in range(count - 1):
         pick = nearest.argmin(0, keepdim=True)
         kept.append(pick)

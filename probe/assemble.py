@@ -1,0 +1,213 @@
+"""From a generation's events to the arrays of a trace, sample by sample.
+
+Everything is gathered on the device while the loop runs and brought over once, at the end of the batch. The `step`
+axis of a trace counts the passes that a sample really took part in; `nominal_step` says where each stood in the
+schedule (they differ when a block ends early).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probe.compile import Call, ProbeTable
+from probe.loop import Step
+from probe.pass_state import Recorder
+from probe.registry import signals
+from probe.site import SEGMENTS, Clock, Fate, Role, Site
+from probe.timing import PHASES
+from probe.trace_schema import Variable
+
+_FATES = {fate.name.lower(): int(fate) for fate in Fate}
+_ROLES = {role.name.lower(): int(role) for role in (Role.VISUAL, Role.NEWLINE)}
+
+ALWAYS: tuple[Variable, ...] = (
+    Variable("token", ("step", "position"), "1", "token id of each answer slot after the step", dtype="int32"),
+    Variable(
+        "commit_step", ("position",), "1", "step at which the slot was last written (-1: never)", dtype="int32"
+    ),
+    Variable("nominal_step", ("step",), "1", "where the step stands in the schedule", dtype="int32"),
+    Variable("block", ("step",), "1", "block of the answer that was decoded", dtype="int32"),
+    Variable("visual_tokens", ("step", "layer"), "1", "visual tokens in the layer's attention", dtype="int32"),
+    Variable(
+        "visual_kept", ("step", "layer", "visual"), "1", "what became of each visual token (0: the sample has none)",
+        dtype="uint8", flags=_FATES,
+    ),
+    Variable("visual_box", ("visual", "corner"), "1", "what the token sees: x0, y0, x1, y1 as shares of its picture"),
+    Variable("visual_role", ("visual",), "1", "image feature or row separator", dtype="int8", flags=_ROLES),
+    Variable("visual_view", ("visual",), "1", "view of the picture: 0 its base view, then its tiles", dtype="int16"),
+    Variable("seconds", ("step", "phase"), "s", "time by phase (encoding stands at step 0)", dtype="float64"),
+    Variable("flops", ("step", "phase"), "1", "executed FLOPs by phase (encoding stands at step 0)", dtype="float64"),
+    Variable("seconds_total", (), "s", "wall time of the sample as recorded", dtype="float64"),
+    Variable(
+        "seconds_unrecorded", (), "s", "wall time of the same sample with nothing recorded (NaN: not measured)",
+        dtype="float64",
+    ),
+    Variable("flops_total", (), "1", "executed FLOPs of the sample, scoring included", dtype="float64"),
+    Variable("peak_memory", (), "byte", "largest memory allocated on the device (CPU: of the process)", dtype="float64"),
+    Variable("prompt_length", (), "1", "positions before the answer", dtype="int32"),
+)  # fmt: skip
+"""The variables of every trace: what the loop knows anyway."""
+
+
+def constant(call: Call) -> dict[str, Any]:
+    """A signal's parameters, which do not depend on the step."""
+    return call.params(Clock(pass_index=0, step=0, block=0, step_in_block=0, nominal_steps=1, n_blocks=1))
+
+
+def recorded_variables(table: ProbeTable) -> list[Variable]:
+    """The variables that a recipe's record probes add, and `confidence`."""
+    out: dict[str, Variable] = {}
+    for probe in table.probes:
+        for record in probe.records:
+            out.setdefault(record.name, _variable(record.name, record.signal.entry.name, constant(record.signal), probe.name))
+    out.setdefault("confidence", _variable("confidence", "confidence", {}, ""))
+    return list(out.values())
+
+
+def _variable(name: str, signal: str, params: Mapping[str, Any], probe: str) -> Variable:
+    entry = signals[signal]
+    meta = entry.meta
+    dims = meta["dims"](params) if callable(meta["dims"]) else meta["dims"]
+    by_layer = (Site.LAYER_ATTENTION in _sites(meta)) or any(s.has_layers for s in _sites(meta))
+    said = ", ".join(f"{k}={v}" for k, v in params.items())
+    return Variable(
+        name,
+        ("step", "layer", *dims) if by_layer else ("step", *dims),
+        meta["units"],
+        meta["long_name"] + (f" ({said})" if said else ""),
+        meta.get("formula", ""),
+        probe,
+    )
+
+
+def _sites(meta: Mapping[str, Any]) -> tuple[Site, ...]:
+    return meta["site"] if isinstance(meta["site"], tuple) else (meta["site"],)
+
+
+def segments_of(table: ProbeTable) -> dict[str, int]:
+    """The query segments that the recipe records, in order: the `segment` axis."""
+    names = [
+        str(constant(record.signal)["queries"])
+        for probe in table.probes
+        for record in probe.records
+        if "segment" in _variable(record.name, record.signal.entry.name, constant(record.signal), probe.name).dims
+    ]
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+
+def coordinates(table: ProbeTable) -> dict[str, list[str]]:
+    """Names of the places of the axes of fixed length."""
+    out = {"phase": list(PHASES), "corner": ["x0", "y0", "x1", "y1"]}
+    segments = segments_of(table)
+    if segments:
+        out |= {"segment": list(segments), "segment_key": list(SEGMENTS)}
+    return out
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is kept of a step: its decision, not its logits or canvas, which are large."""
+
+    clock: Clock
+    active: list[bool]
+    tokens: np.ndarray
+    slots: np.ndarray
+    committed: Tensor
+
+
+class Gatherer:
+    """Collects one batch's steps, then hands out each sample's arrays."""
+
+    def __init__(self, table: ProbeTable, layers: int, gen_length: int) -> None:
+        self.layers = layers
+        self.gen_length = gen_length
+        self._table = table
+        self._steps: list[_Kept] = []
+        self._rows: dict[str, dict[int, Tensor]] = {"confidence": {}}
+        self._variables = {v.name: v for v in recorded_variables(table)}
+        self._segments = segments_of(table)
+        self._segment_of = {
+            r.name: self._segments[str(constant(r.signal)["queries"])]
+            for p in table.probes
+            for r in p.records
+            if "segment" in self._variables[r.name].dims
+        }
+
+    def add(self, step: Step) -> None:
+        """Take what a step decided; reduce its logits now, keep none of them."""
+        i = len(self._steps)
+        self._rows["confidence"][i] = torch.where(step.eligible, step.confidence, torch.nan)
+        given = {"logits": step.logits, "confidence": step.confidence}
+        for probe in self._table.at(step.clock):
+            for record in probe.records if probe.site is Site.LOGITS else ():
+                entry = record.signal.entry
+                value = entry.function(*(given[n] for n in entry.needs), **record.signal.params(step.clock))
+                self._rows.setdefault(record.name, {})[i] = torch.where(step.eligible, value.double(), torch.nan)
+        self._steps.append(_Kept(step.clock, step.active, step.tokens, np.array(step.slots), step.committed))
+
+    def passes(self, sample: int) -> list[int]:
+        """The pass indices in which a sample took part."""
+        return [s.clock.pass_index for s in self._steps if s.active[sample]]
+
+    def by_sample(self, sample: int) -> dict[str, np.ndarray]:
+        """Arrays of what each step decided: token, confidence, commit_step, nominal_step, block, logit signals."""
+        took_part = [i for i, step in enumerate(self._steps) if step.active[sample]]
+        n, steps = len(took_part), self._steps
+        out: dict[str, np.ndarray] = {
+            "token": np.array([steps[i].tokens[sample] for i in took_part], np.int32).reshape(n, self.gen_length),
+            "nominal_step": np.array([steps[i].clock.step for i in took_part], np.int32),
+            "block": np.array([steps[i].clock.block for i in took_part], np.int32),
+        }
+        for name, rows in self._rows.items():
+            out[name] = np.full((n, self.gen_length), np.nan, np.float32)
+            for place, i in enumerate(took_part):
+                if i in rows:
+                    self._place(out[name][place], steps[i].slots, rows[i][sample].float().cpu().numpy())
+        commit_step = np.full(self.gen_length, -1, np.int32)
+        for place, i in enumerate(took_part):
+            slots = steps[i].slots[steps[i].committed[sample].cpu().numpy()]
+            commit_step[slots[slots >= 0]] = place
+        out["commit_step"] = commit_step
+        return out
+
+    @staticmethod
+    def _place(target: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
+        answer = slots >= 0
+        target[slots[answer]] = values[answer]
+
+    def recorded(self, recorder: Recorder, sample: int, n_visual: int) -> dict[str, np.ndarray]:
+        """Arrays of what probes recorded inside the passes."""
+        place = {p: i for i, p in enumerate(self.passes(sample))}
+        out: dict[str, np.ndarray] = {}
+        for name, values in recorder.values.items():
+            items = [(k, v[sample]) for k, v in values.items() if k[0] in place]
+            if not items:
+                continue
+            stacked = torch.stack([v for _, v in items]).float().cpu().numpy()
+            if name not in self._variables:
+                out[name] = self._free(stacked, [place[k[0]] for k, _ in items], len(place))
+                continue
+            dims = self._variables[name].dims
+            if dims[-1] == "visual":
+                stacked = stacked[..., :n_visual]
+            if "segment" in dims:
+                wide = np.full((*stacked.shape[:-1], len(self._segments), stacked.shape[-1]), np.nan, np.float32)
+                wide[..., self._segment_of[name], :] = stacked
+                stacked = wide
+            array = np.full((len(place), self.layers, *stacked.shape[1:]), np.nan, np.float32)
+            for ((p, layer), _), value in zip(items, stacked, strict=True):
+                array[place[p], layer] = value
+            out[name] = array
+        return out
+
+    @staticmethod
+    def _free(values: np.ndarray, places: Sequence[int], steps: int) -> np.ndarray:
+        array = np.full((steps, *values.shape[1:]), np.nan, np.float32)
+        array[list(places)] = values
+        return array

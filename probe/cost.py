@@ -1,0 +1,92 @@
+"""FLOPs from executed shapes: multiply-adds of matrix products and convolutions, two each, as torch's counter counts them.
+
+Element-wise work (norms, softmax, rotary, activations) is not counted, there or here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DecoderDims:
+    """Sizes of a Llama-like decoder that decide its cost."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp: int
+    layers: int
+    vocabulary: int
+
+    def attention(self, rows: int, keys: int) -> int:
+        """One layer's attention block: q, k, v and output projections of `rows`, two products against `keys`."""
+        projections = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        return 2 * rows * projections + 4 * rows * keys * self.heads * self.head_size
+
+    def mlp_block(self, rows: int) -> int:
+        """One layer's gated MLP."""
+        return 6 * rows * self.width * self.mlp
+
+    def head(self, rows: int) -> int:
+        """The vocabulary projection of `rows`."""
+        return 2 * rows * self.width * self.vocabulary
+
+    def scored_rows(self, rows: int, keys: int, form: str) -> int:
+        """Extra attention rows beside the kernel: one product per head (grouped heads add up first when averaged)."""
+        heads = self.kv_heads if form == "head_mean_logits" else self.heads
+        return 2 * rows * keys * heads * self.head_size
+
+
+def decoder_dims(config: Any, vocabulary: int) -> DecoderDims:
+    """From a transformers Llama-like config."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return DecoderDims(
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_size=head_size,
+        mlp=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        vocabulary=vocabulary,
+    )
+
+
+@dataclass(frozen=True)
+class EncoderDims:
+    """Sizes of a ViT encoder with an MLP projector."""
+
+    patches: int
+    patch: int
+    width: int
+    mlp: int
+    layers: int
+    out_width: int
+
+    def encode(self, views: int) -> int:
+        """All views through patch embedding, layers and projector."""
+        n = self.patches
+        embed = 2 * n * 3 * self.patch**2 * self.width
+        layer = 2 * n * 4 * self.width**2 + 4 * n * n * self.width + 4 * n * self.width * self.mlp
+        projector = 2 * n * (self.width * self.out_width + self.out_width**2)
+        return views * (embed + self.layers * layer + projector)
+
+
+def encoder_dims(config: Any, out_width: int) -> EncoderDims:
+    """From a transformers SigLIP config whose `num_hidden_layers` are the layers in use."""
+    return EncoderDims(
+        patches=(config.image_size // config.patch_size) ** 2,
+        patch=config.patch_size,
+        width=config.hidden_size,
+        mlp=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        out_width=out_width,
+    )
+
+
+def pairwise(tokens: int, width: int) -> int:
+    """All cosine similarities of `tokens` vectors."""
+    return 2 * tokens * tokens * width
+

@@ -1,0 +1,145 @@
+"""Hooks to probes to plans: the one place that knows both the loop's passes and the model's modules.
+
+`Tracer` is the `forward` of the loop. For a pass at which no probe fires at a layer it runs the bare model. Otherwise
+it puts plain hooks on the layers for the length of that one forward: they ask the attention function for the rows
+that probes want, hand reductions to the recorder, and let edits narrow the sequence through `surgery`. Later layers
+of the same forward get the shortened rotary tables and mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from probe.backbones.base import Backbone
+from probe.canvas import Canvas
+from probe.compile import BoundProbe, ProbeTable
+from probe.cost import decoder_dims
+from probe.ledger import Ledger
+from probe.loop import Pass, PassResult
+from probe.pass_state import PassState, Recorder
+from probe.probe_code import CodeProbe, run_traced
+from probe.site import Site
+from probe.timing import Stopwatch
+
+
+class Tracer:
+    """The model behind the loop's `forward`, with a recipe's probes attached.
+
+    One tracer serves one batch of one generation: it holds the ledger, FLOP counts and the recorder.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        table: ProbeTable,
+        canvas: Canvas,
+        *,
+        recorder: Recorder | None = None,
+        watch: Stopwatch | None = None,
+        seeds: Sequence[int] = (0,),
+        code_probes: Sequence[CodeProbe] = (),
+    ) -> None:
+        device = canvas.embeds.device
+        self.backbone = backbone
+        self.table = table
+        self.recorder = recorder or Recorder()
+        self.watch = watch or Stopwatch(device)
+        self.seeds = tuple(seeds)
+        self.code_probes = tuple(code_probes)
+        self.dims = decoder_dims(backbone.lm.config, backbone.facts.vocabulary)
+        self.ledger = Ledger(canvas.n_visual_at_start, self.dims.layers, device)
+        self.flops: list[dict[str, int]] = []
+        """FLOPs of the whole batch by phase, one entry per pass."""
+
+    def __call__(self, request: Pass) -> PassResult:
+        """Run one pass: edits before the model, the model with its hooks, the head on the wanted rows."""
+        watch = self.watch
+        watch.step = request.clock.pass_index
+        firing = self.table.at(request.clock)
+        state = PassState(self, request)
+        self.ledger.begin(request.canvas.layout.n_visual)
+        with watch.section("probe"):
+            for probe in (p for p in firing if p.site is Site.BEFORE_LM and p.edit is not None):
+                state.edit_canvas(probe)
+        with watch.section("backbone"):
+            hidden = self._run(state, [p for p in firing if p.site.has_layers], request)
+        rows = state.layout.locate(request.rows).repeat(state.streams, 1)
+        with watch.section("head"):
+            wanted = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+            logits = self.backbone.head(wanted)
+        with watch.section("probe"):
+            for probe in (p for p in firing if p.site is Site.FINAL and p.edit is not None):
+                state.edit_after(probe, hidden)
+        state.flops["head"] = self.dims.head(rows.numel())
+        self.flops.append(state.flops)
+        return PassResult(logits, state.canvas_after)
+
+    def _run(self, state: PassState, probes: list[BoundProbe], request: Pass) -> Tensor:
+        inputs = state.model_inputs()
+        code = [c for c in self.code_probes if c.fires(request.clock)]
+        with ExitStack() as stack:
+            if probes:
+                stack.callback(state.release)
+                for handle in attach(self.backbone, state, probes):
+                    stack.callback(handle.remove)
+            if not probes:
+                state.count_all_layers()
+            if code:
+                hidden, saved = run_traced(self.backbone, inputs, code, request.clock)
+                for name, value in saved.items():
+                    self.recorder.add(name, request.clock.pass_index, None, value)
+                return hidden
+            hidden = self.backbone.lm(**inputs).last_hidden_state
+            return cast(Tensor, hidden)
+
+
+def attach(backbone: Backbone, state: PassState, probes: Sequence[BoundProbe]) -> list[Any]:
+    """Hooks for one forward. Every layer gets its entry hook (it carries shortened tables on); others only if asked."""
+    handles: list[Any] = []
+    edits: dict[tuple[Site, int], list[BoundProbe]] = {}
+    for probe in probes:
+        if probe.edit is not None and probe.layer is not None:
+            edits.setdefault((probe.site, probe.layer), []).append(probe)
+    state.plan_requests(probes)
+
+    for i, modules in enumerate(backbone.layers):
+        at_input = edits.get((Site.LAYER_INPUT, i), [])
+        between = edits.get((Site.LAYER_AFTER_ATTENTION, i), [])
+        at_output = edits.get((Site.LAYER_OUTPUT, i), [])
+
+        def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i, at_input: Any = at_input) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            with state.timed():
+                hidden, kwargs = state.enter_layer(i, hidden, kwargs, at_input)
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        handles.append(modules.layer.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(modules.attention.register_forward_hook(lambda m, a, o, i=i: state.leave_attention(i)))
+        if between:
+            # The layer adds its own residual after the MLP, which would be too long. So the MLP runs on the short
+            # sequence, its module reports zeros of the long shape, and the layer's exit puts the short sum in place.
+            def shorten(module: Any, args: tuple[Tensor, ...], i: int = i, between: Any = between) -> Any:
+                with state.timed():
+                    return (state.cut_between(i, args[0], between), *args[1:])
+
+            def swallow(module: Any, args: Any, output: Tensor) -> Tensor:
+                return state.swallow_mlp(output)
+
+            handles.append(modules.pre_mlp_norm.register_forward_pre_hook(shorten))
+            handles.append(modules.mlp.register_forward_hook(swallow))
+
+        def leave(module: Any, args: Any, output: Any, i: int = i, at_output: Any = at_output) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            with state.timed():
+                hidden = state.leave_layer(i, hidden, at_output)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handles.append(modules.layer.register_forward_hook(leave))
+    return handles
