@@ -1,0 +1,339 @@
+"""A file whose changes reach the disk together or not at all. It knows pages and bytes, nothing of HDF5 or traces.
+
+HDF5 updates a file in place, in many separate writes: a process killed between two of them leaves a file that may not
+open. `JournaledFile` is the file-like object that the trace is written through instead. Everything since the last
+`commit` stays in memory as changed pages; `commit` first appends those pages to a *journal* beside the file (length
+and checksum at the front, so that a torn tail is recognised), then copies them to their places. Whatever moment the
+process dies at, "file + complete transactions of the journal" is the state after some commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # no POSIX locks here (Windows): an owner file stands in, see `lock`
+    fcntl = None  # type: ignore[assignment]
+
+PAGE = 4096
+TOKEN_BYTES = 16
+_HEADER = struct.Struct("<8s16s")  # magic, token of the file that this journal belongs to
+_MAGIC = b"PRBJRNL1"
+_TRANSACTION = struct.Struct("<4sQQI")  # magic, pages, size of the file afterwards, crc32 of what follows
+_BEGIN = b"TXN1"
+
+
+def read_journal(journal: BinaryIO, main: BinaryIO) -> tuple[dict[int, bytearray], int] | None:
+    """The pages that complete transactions would write over `main`, and the size of the file after them.
+
+    None if there is no complete transaction, or if the journal belongs to another file: page 0 of `main` must hold
+    the journal's token, or be empty (page 0 is written last, so it is empty only while the file is being begun).
+    """
+    journal.seek(0)
+    head = journal.read(_HEADER.size)
+    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+        return None
+    token = _HEADER.unpack(head)[1]
+    main.seek(0)
+    first_page = main.read(PAGE)
+    if token not in first_page and first_page.strip(b"\0"):
+        return None
+    pages: dict[int, bytearray] = {}
+    size = -1
+    while len(head := journal.read(_TRANSACTION.size)) == _TRANSACTION.size:
+        magic, count, new_size, crc = _TRANSACTION.unpack(head)
+        if magic != _BEGIN or count > (1 << 40) // PAGE:
+            break
+        body = journal.read(count * (8 + PAGE))
+        if len(body) < count * (8 + PAGE) or zlib.crc32(body) != crc:
+            break  # the tail that was being written when the process died
+        for i, page in enumerate(struct.unpack_from(f"<{count}Q", body)):
+            start = count * 8 + i * PAGE
+            pages[page] = bytearray(body[start : start + PAGE])
+        size = new_size
+    return (pages, size) if size >= 0 else None
+
+
+class JournaledFile:
+    """A seekable binary file for `h5py.File(fileobj)`; changes are kept in memory until `commit`.
+
+    `main` is open for reading and writing without buffer. `journal_path` None: read-only use, `commit` is refused.
+    """
+
+    checkpoint_bytes = 16 << 20  # how large the journal may grow before the main file is synced and it starts anew
+
+    def __init__(self, main: BinaryIO, journal_path: Path | None = None, token: bytes = b"\0" * TOKEN_BYTES) -> None:
+        self._main = main
+        self._journal_path = journal_path
+        self._journal: BinaryIO | None = None
+        self._token = token
+        self._pages: dict[int, bytearray] = {}
+        self._position = 0
+        self._size = self._main_size = os.fstat(main.fileno()).st_size
+
+    # ---------------------------------------------------------------- what h5py calls
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move; the new position."""
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """The position, in bytes."""
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill `buffer` from the position: committed bytes under changed pages. The number of bytes read."""
+        out = memoryview(buffer).cast("B")
+        start = self._position
+        count = max(0, min(len(out), self._size - start))
+        self._main.seek(start)
+        data = self._main.read(count)
+        out[: len(data)] = data
+        out[len(data) : count] = bytes(count - len(data))
+        if self._pages:
+            for page in range(start // PAGE, (start + count + PAGE - 1) // PAGE):
+                changed = self._pages.get(page)
+                if changed is not None:
+                    a, b = max(start, page * PAGE), min(start + count, (page + 1) * PAGE)
+                    out[a - start : b - start] = changed[a - page * PAGE : b - page * PAGE]
+        self._position += count
+        return count
+
+    def read(self, count: int = -1) -> bytes:
+        """Up to `count` bytes from the position (all that follow if negative)."""
+        buffer = bytearray(max(0, self._size - self._position) if count < 0 else count)
+        return bytes(buffer[: self.readinto(memoryview(buffer))])
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Change bytes at the position, in memory only."""
+        data = memoryview(data).cast("B")
+        start, end = self._position, self._position + len(data)
+        at = start
+        while at < end:
+            page, inside = divmod(at, PAGE)
+            count = min(PAGE - inside, end - at)
+            if count == PAGE:
+                self._pages[page] = bytearray(data[at - start : at - start + PAGE])
+            else:
+                self._page(page)[inside : inside + count] = data[at - start : at - start + count]
+            at += count
+        self._size = max(self._size, end)
+        self._position = end
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length of the file."""
+        self._size = self._position if size is None else size
+        for page in [p for p in self._pages if p * PAGE >= self._size]:
+            del self._pages[page]
+        return self._size
+
+    def flush(self) -> None:
+        """Nothing: only `commit` makes changes last (HDF5 flushes at moments that are not ours)."""
+
+    def _page(self, page: int) -> bytearray:
+        if page not in self._pages:
+            self._main.seek(page * PAGE)
+            self._pages[page] = bytearray(self._main.read(PAGE).ljust(PAGE, b"\0"))
+        return self._pages[page]
+
+    # ---------------------------------------------------------------- transactions
+
+    def overlay(self, pages: dict[int, bytearray], size: int) -> None:
+        """See the file as if these pages were in it (read-only use of a file that needs its journal)."""
+        self._pages, self._size = dict(pages), size
+
+    def recover(self) -> None:
+        """Bring complete transactions of a journal left by a killed process into the file; then start it anew."""
+        assert self._journal_path is not None
+        if self._journal_path.exists():
+            with open(self._journal_path, "rb") as journal:
+                found = read_journal(journal, self._main)
+            if found is not None:
+                self._pages, self._size = found
+                self._apply()
+                os.fsync(self._main.fileno())
+
+    def commit(self) -> None:
+        """Make everything since the last commit last. On OSError (disk full) the file keeps its previous state."""
+        assert self._journal_path is not None
+        if not self._pages and self._size == self._main_size:
+            return
+        if self._journal is None:
+            self._journal = open(self._journal_path, "w+b", buffering=0)  # noqa: SIM115 (lives as long as we do)
+            self._journal.write(_HEADER.pack(_MAGIC, self._token))
+        journal = self._journal
+        numbers = sorted(self._pages)
+        body = b"".join([struct.pack(f"<{len(numbers)}Q", *numbers), *(self._pages[n] for n in numbers)])
+        data = _TRANSACTION.pack(_BEGIN, len(numbers), self._size, zlib.crc32(body)) + body
+        before, size_before = journal.tell(), self._main_size
+        with self._commit_lock():
+            try:
+                self._reserve()
+                written = 0
+                while written < len(data):
+                    written += journal.write(data[written:])
+                os.fsync(journal.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    journal.truncate(before)
+                    os.ftruncate(self._main.fileno(), size_before)
+                raise
+            self._apply()
+            if journal.tell() > self.checkpoint_bytes:
+                os.fsync(self._main.fileno())
+                journal.seek(_HEADER.size)
+                journal.truncate(_HEADER.size)
+
+    def _reserve(self) -> None:
+        """Claim the disk space of a longer file before anything is promised, so that copying cannot run out of it."""
+        if self._size > self._main_size and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._main.fileno(), self._main_size, self._size - self._main_size)
+            except OSError as error:  # some file systems cannot; then a full disk shows while copying, and the journal heals
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise
+
+    def _apply(self) -> None:
+        """Copy changed pages to their places, page 0 last (see `read_journal`)."""
+        main, pages = self._main, self._pages
+        if os.fstat(main.fileno()).st_size != self._size:
+            os.ftruncate(main.fileno(), self._size)
+        numbers = sorted(pages)
+        runs: list[list[int]] = []
+        for n in numbers:
+            if runs and runs[-1][-1] == n - 1:
+                runs[-1].append(n)
+            else:
+                runs.append([n])
+        for run in reversed(runs):
+            main.seek(run[0] * PAGE)
+            data = b"".join(pages[n] for n in run)[: self._size - run[0] * PAGE]
+            written = 0
+            while written < len(data):
+                written += main.write(data[written:])
+        pages.clear()
+        self._main_size = self._size
+
+    @contextlib.contextmanager
+    def _commit_lock(self) -> Iterator[None]:
+        """Keeps `snapshot` (another process that looks at the running trace) from copying half of a commit."""
+        assert self._journal is not None
+        if fcntl is None:
+            yield
+            return
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._journal, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._journal, fcntl.LOCK_UN)
+
+    def finish(self) -> None:
+        """After the last commit: sync the file and remove the journal, which is not needed any more."""
+        assert self._journal_path is not None
+        os.fsync(self._main.fileno())
+        self.close()
+        self._journal_path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the journal; uncommitted changes are forgotten. The main file belongs to the caller."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+
+# -------------------------------------------------------------------- who may write
+
+
+class Busy(Exception):
+    """Another process holds the file."""
+
+
+class Lock:
+    """One writer, or any readers. An advisory lock on the open file, which ends with the process however that ends;
+    where the file system has none, a file beside it that names the owner.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, *, shared: bool = False) -> None:
+        self._file = file
+        self._owner: Path | None = None
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "no file locks")
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy from error
+        except OSError:
+            if not shared:
+                self._owner = self._own(path.with_name(path.name + ".owner"))
+
+    @staticmethod
+    def _own(owner: Path) -> Path:
+        me = f"{socket.gethostname()} {os.getpid()}"
+        for _ in range(2):
+            try:
+                with open(owner, "x", encoding="utf-8") as file:
+                    file.write(me)
+                return owner
+            except FileExistsError:
+                host, _, pid = owner.read_text(encoding="utf-8").partition(" ")
+                if host != socket.gethostname() or not pid.isdigit() or _alive(int(pid)):
+                    raise Busy(f"{owner} says: host {host}, process {pid}; remove it if that run is dead") from None
+                owner.unlink(missing_ok=True)
+        raise Busy(str(owner))
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._owner is not None:
+            self._owner.unlink(missing_ok=True)
+        elif fcntl is not None and not self._file.closed:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def snapshot(path: Path, journal_path: Path) -> tuple[BinaryIO, JournaledFile]:
+    """A private copy of a file that another process is writing, as it was after one of its commits."""
+    with contextlib.ExitStack() as stack:
+        journal: BinaryIO | None = None
+        if journal_path.exists():
+            journal = stack.enter_context(open(journal_path, "rb"))
+            if fcntl is not None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(journal, fcntl.LOCK_SH)  # waits for a commit that is under way, holds off the next
+        copy: BinaryIO = tempfile.TemporaryFile(buffering=0)  # type: ignore[assignment]  # noqa: SIM115
+        with open(path, "rb") as main:
+            shutil.copyfileobj(main, copy, 1 << 20)
+        return copy, with_journal(copy, journal)
+
+
+def with_journal(main: BinaryIO, journal: BinaryIO | None) -> JournaledFile:
+    """A read-only view of `main` with the complete transactions of its journal; neither file is changed."""
+    view = JournaledFile(main)
+    found = read_journal(journal, main) if journal is not None else None
+    if found is not None:
+        view.overlay(found[0], found[1])
+    return view
