@@ -42,13 +42,15 @@ def load(
 ) -> Backbone:
     """Load a backbone: `miniature`, a folder with a checkpoint, or a Hub id such as `GSAI-ML/LLaDA-V`.
 
-    `dtype` is a torch type or its name; `auto` takes the stored one, except that float16 becomes float32 on a CPU.
-    `attention` names an attention implementation (`sdpa`, `eager`, ...; None: the adapter's choice). Further
-    `options` belong to the adapter (LLaDA-V: `vocab`, `special`, `encoder_attention`). Raises `ProbeError`.
+    `dtype` is a torch type or its name; `auto` takes the stored one, except that float16 becomes float32 on
+    a CPU. `attention` names an attention implementation (`sdpa`, `eager`, ...; None: the adapter's choice).
+    Further `options` belong to the adapter (LLaDA-V: `vocab`, `special`, `encoder_attention`). Raises
+    `ProbeError`.
     """
     checkpoint = resolve(name, revision=revision)
     adapter = adapter_of(checkpoint).function()
-    return cast("Backbone", adapter.from_checkpoint(checkpoint, device=device, dtype=dtype, attention=attention, **options))
+    options.update(device=device, dtype=dtype, attention=attention)
+    return cast("Backbone", adapter.from_checkpoint(checkpoint, **options))
 
 
 def facts_of(name: str | Path, *, revision: str | None = None) -> ModelFacts:

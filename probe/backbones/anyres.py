@@ -1,8 +1,9 @@
-"""Which tiles a picture is cut into, and how many visual tokens come of it: integers only, no pixels, no tensors.
+"""Which tiles a picture is cut into, and how many visual tokens come of it. No pixels, no tensors.
 
-The arithmetic is that of the LLaVA family ("any resolution"): a picture is fitted onto the best of a list of canvases,
-the canvas is cut into tiles, each tile becomes a square of tokens, the squares are joined to one map, the map is
-trimmed to the picture's shape and, when it is too large, shrunk. Sizes are (width, height), maps are (rows, columns).
+The arithmetic is that of the LLaVA family ("any resolution"): a picture is fitted onto the best of a list of
+canvases, the canvas is cut into tiles, each tile becomes a square of tokens, the squares are joined to one
+map, the map is trimmed to the picture's shape and, when it is too large, shrunk. Sizes are (width, height),
+maps are (rows, columns).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SHRINK_ABOVE = 1.1
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes that decide a layout: `tile` and `patch` in pixels, canvases in pixels, `limit` in squares of tokens."""
+    """Sizes that decide a layout: tile, patch and canvases in pixels, `limit` in views."""
 
     tile: int
     patch: int
@@ -115,7 +116,7 @@ class Tiling:
 
 
 def best_canvas(width: int, height: int, canvases: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The canvas that shows most of the picture's pixels; among equals the one that wastes least, then the first."""
+    """The canvas that shows most of the picture's pixels; among equals the least wasteful, then the first."""
     best: tuple[int, int] | None = None
     most, least = 0, 0
     for across, down in canvases:
@@ -125,12 +126,12 @@ def best_canvas(width: int, height: int, canvases: Iterable[tuple[int, int]]) ->
         if best is None or shown > most or (shown == most and wasted < least):
             best, most, least = (across, down), shown, wasted
     if best is None:
-        raise ProbeError("no canvas to fit a picture on: `image_grid_pinpoints` of the checkpoint's config is empty")
+        raise ProbeError("no canvas to fit a picture on: `image_grid_pinpoints` of the config is empty")
     return best
 
 
 def fitted(width: int, height: int, across: int, down: int) -> tuple[int, int]:
-    """Size of the picture when it just fits into `across` x `down` with its shape kept; the short side rounds up."""
+    """Size of the picture fitted into `across` x `down` with its shape kept; the short side rounds up."""
     by_width, by_height = across / width, down / height
     if by_width < by_height:
         return across, min(math.ceil(height * by_width), down)
@@ -156,10 +157,13 @@ def pinpoints_of(value: object, tile: int) -> tuple[tuple[int, int], ...]:
             return tuple((i * tile, j * tile) for i in range(a0, a1 + 1) for j in range(b0, b1 + 1))
     if isinstance(value, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value):
         return tuple((int(w), int(h)) for w, h in value)
-    raise ProbeError(f"`image_grid_pinpoints` is {value!r}; expected pairs of pixels or a range such as (1x1),...,(6x6)")
+    wanted = "pairs of pixels or a range of grids such as (1x1),...,(6x6)"
+    raise ProbeError(f"`image_grid_pinpoints` is {value!r}; expected {wanted}")
 
 
-def geometry_of(config: Mapping[str, Any], *, tile: int, patch: int, tokens_per_side: int | None = None) -> Geometry:
+def geometry_of(
+    config: Mapping[str, Any], *, tile: int, patch: int, tokens_per_side: int | None = None
+) -> Geometry:
     """The geometry that a checkpoint's config asks for; `image_aspect_ratio: pad` has no canvases."""
     aspect = config.get("image_aspect_ratio")
     if aspect == "pad":
@@ -171,5 +175,5 @@ def geometry_of(config: Mapping[str, Any], *, tile: int, patch: int, tokens_per_
     canvases = pinpoints_of(config.get("image_grid_pinpoints"), tile)
     off = [c for c in canvases if c[0] % tile or c[1] % tile or min(c) <= 0]
     if off:
-        raise ProbeError(f"`image_grid_pinpoints` holds {off[0]}, which is no multiple of the tile of {tile} pixels")
+        raise ProbeError(f"`image_grid_pinpoints` holds {off[0]}, no multiple of the tile of {tile} pixels")
     return Geometry(tile, patch, canvases, limit, tokens_per_side)

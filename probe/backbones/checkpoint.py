@@ -33,7 +33,7 @@ _SAMPLE, _SAMPLES = 1 << 16, 32
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with `config.json`, and usually weights and a tokenizer. `source` is what the user called it."""
+    """A folder with `config.json` and usually weights and a tokenizer; `source` is its name to the user."""
 
     folder: Path
     source: str
@@ -44,7 +44,8 @@ class Checkpoint:
         """`config.json`; an error says what the folder holds instead."""
         config = self.json("config.json")
         if config is None:
-            raise ProbeError(f"{self.folder} is no checkpoint: no config.json; it holds {_listing(self.folder)}")
+            held = _listing(self.folder)
+            raise ProbeError(f"{self.folder} is no checkpoint: no config.json; it holds {held}")
         return config
 
     def json(self, name: str) -> dict[str, Any] | None:
@@ -70,22 +71,23 @@ class Checkpoint:
             raise ProbeError(self._no_weights())
         places = index.get("weight_map")
         if not isinstance(places, dict) or not places:
-            raise ProbeError(f"{self.folder / INDEX} has no `weight_map`; expected tensor names and their files")
+            raise ProbeError(f"{self.folder / INDEX} has no `weight_map` of tensor names to files")
         names = sorted(set(map(str, places.values())))
         strange = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
         if strange:
-            raise ProbeError(f"{self.folder / INDEX} names {strange[0]!r}, which is no safetensors file in its folder")
+            raise ProbeError(f"{self.folder / INDEX} names {strange[0]!r}, no safetensors file of its folder")
         missing = [n for n in names if not (self.folder / n).is_file()]
         if missing:
-            raise ProbeError(f"{self.folder} lacks {len(missing)} of {len(names)} weight files: {_some(missing)}")
+            count = f"{len(missing)} of {len(names)}"
+            raise ProbeError(f"{self.folder} lacks {count} weight files: {_some(missing)}")
         return tuple(self.folder / n for n in names)
 
     def _no_weights(self) -> str:
         pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
         if pickles:
             return (
-                f"{self.folder} holds its weights as pickles ({_some(pickles)}), which can run code and are not read; "
-                "convert them to model.safetensors with safetensors.torch.save_file"
+                f"{self.folder} holds its weights as pickles ({_some(pickles)}), "
+                "which can run code and are not read; convert them with safetensors.torch.save_file"
             )
         return f"{self.folder} has no weights: no {WEIGHTS} and no {INDEX}; it holds {_listing(self.folder)}"
 
@@ -103,13 +105,16 @@ class Checkpoint:
                     raise ProbeError(f"{path} is not a complete safetensors file: {error}") from error
                 for key in handle.keys():  # noqa: SIM118 - a handle is no mapping
                     if key in handles:
-                        raise ProbeError(f"{path} repeats the tensor {key}, which another file of the folder has too")
+                        raise ProbeError(f"{path} repeats the tensor {key} of another file")
                     handles[key] = handle
             yield Tensors(handles)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which weights these are: the Hub's commit, else a sha256 of names, sizes, headers and samples of the data."""
+        """Which weights these are: the Hub's commit, else a sha256 of sizes, headers and samples of the data.
+
+        Files up to 16 MiB are hashed whole.
+        """
         if self.commit:
             return self.commit
         digest = hashlib.sha256()
@@ -163,7 +168,7 @@ def resolve(name: str | Path, *, revision: str | None = None, weights: bool = Tr
         raise ProbeError(f"{path} is a file; give the folder with config.json and the weights")
     if not _HUB_NAME.fullmatch(text) or text.startswith("."):
         raise ProbeError(
-            f"no checkpoint at {text!r}: no such folder, and no name of the form owner/name on the Hugging Face Hub; "
+            f"no checkpoint at {text!r}: no such folder, and no owner/name of the Hugging Face Hub; "
             f"embedded: {', '.join(EMBEDDED)}"
         )
     return _download(text, revision, weights)
@@ -187,14 +192,17 @@ def _download(name: str, revision: str | None, weights: bool) -> Checkpoint:
 
 
 def check_names(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: object) -> None:
-    """Refuse weights whose names or shapes differ from what the config asks for, naming up to five of each kind."""
-    missing = [f"{k} {list(s)}" for k, s in expected.items() if k not in found]
-    surplus = [f"{k} {list(s)}" for k, s in found.items() if k not in expected]
-    shapes = [f"{k} {list(found[k])}, not {list(s)}" for k, s in expected.items() if k in found and found[k] != s]
-    kinds = [("missing", missing), ("unexpected", surplus), ("of another shape than the config says", shapes)]
-    wrong = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds if keys]
+    """Refuse weights that are not named or shaped as the config asks; up to five of each kind are listed."""
+    common = [k for k in expected if k in found and found[k] != expected[k]]
+    kinds = {
+        "missing": [f"{k} {list(s)}" for k, s in expected.items() if k not in found],
+        "unexpected": [f"{k} {list(s)}" for k, s in found.items() if k not in expected],
+        "of another shape": [f"{k} {list(found[k])} instead of {list(expected[k])}" for k in common],
+    }
+    wrong = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys]
     if wrong:
-        raise ProbeError(f"{where}: the weights do not fit the config ({len(expected)} tensors expected). " + "; ".join(wrong))
+        count = f"{len(expected)} tensors expected"
+        raise ProbeError(f"{where}: the weights do not fit the config ({count}). {'; '.join(wrong)}")
 
 
 def _some(names: list[str], most: int = 5) -> str:

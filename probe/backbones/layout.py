@@ -26,9 +26,9 @@ NEWLINE_MODES = ("grid", "frame", "one_token", "no_token")
 class Cells:
     """What each of V visual tokens is.
 
-    `newline (V,)` bool; `box (V, 4)` float32: (x0, y0, x1, y1) as fractions of the picture, NaN for newlines, without
-    area for a token that sees only padding; `view (V,)` int16, counted from 0 within the layout (a newline belongs to
-    the view of the token before it); `picture (V,)` int16, likewise from 0.
+    `newline (V,)` bool; `box (V, 4)` float32: (x0, y0, x1, y1) as fractions of the picture, NaN for
+    newlines, without area for a token that sees only padding; `view (V,)` int16, counted from 0 within the
+    layout (a newline belongs to the view of the token before it); `picture (V,)` int16, likewise from 0.
     """
 
     newline: Tensor
@@ -66,7 +66,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Tiled:
-    """One picture under `anyres`: the base view row by row, then the joined tiles, a newline after every row."""
+    """One picture under `anyres`: the base view row by row, then the joined tiles with a newline per row."""
 
     tiling: Tiling
     pictures: int = 1
@@ -85,16 +85,17 @@ class Tiled:
         """`(views, patches, width)` to `(count, width)`."""
         side, (across, down) = self.tiling.geometry.side, self.tiling.grid
         base, tiles = projected[0], projected[1:]
-        joined = tiles.reshape(down, across, side, side, -1).permute(0, 2, 1, 3, 4).reshape(*self.tiling.full, -1)
+        grid = tiles.reshape(down, across, side, side, -1)  # tile row, tile column, row, column, width
+        joined = grid.transpose(1, 2).reshape(*self.tiling.full, -1)
         rows, columns = self.tiling.trim
         trimmed = joined[rows : joined.shape[0] - rows, columns : joined.shape[1] - columns]
         shown = resize(trimmed, self.tiling.shape) if self.tiling.shrunk else trimmed
         return torch.cat([base, close_rows(shown, newline).flatten(0, 1)])
 
     def coordinates(self) -> tuple[Tensor, Tensor]:
-        """Centres of the token rows and of the token columns of the joined map, in source patches, float64."""
+        """Centres of the map's token rows and of its token columns, in patches of the joined map, float64."""
         pairs = zip(self.tiling.trim, self.tiling.trimmed, self.tiling.shape, strict=True)
-        rows, columns = (offset + (torch.arange(n).double() + 0.5) * old / n - 0.5 for offset, old, n in pairs)
+        rows, columns = (trim + (torch.arange(n).double() + 0.5) * old / n - 0.5 for trim, old, n in pairs)
         return rows, columns
 
     def cells(self) -> Cells:
@@ -122,7 +123,7 @@ class Tiled:
 
 @dataclass(frozen=True)
 class Plain:
-    """One picture as one view, padded to a square: its patches row by row, with or without one newline at the end."""
+    """One picture as one view, padded to a square: its patches row by row, `closed` by one newline or not."""
 
     geometry: Geometry
     width: int
@@ -157,7 +158,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of a video: every frame pooled to half its side; newlines per row, per frame, once, or not at all."""
+    """Frames of a video, each pooled to half its side; newlines per row, per frame, once, or not at all."""
 
     geometry: Geometry
     frames: int
@@ -198,7 +199,8 @@ class Clip:
         flat = pooled.flatten(1, 2)
         if self.newlines == "frame":
             return close_rows(flat, newline).flatten(0, 1)
-        return torch.cat([flat.flatten(0, 1), newline[None]]) if self.newlines == "one_token" else flat.flatten(0, 1)
+        ends = [newline[None]] if self.newlines == "one_token" else []
+        return torch.cat([flat.flatten(0, 1), *ends])
 
     def cells(self) -> Cells:
         """Description of the tokens; frames are squashed, so boxes are fractions of the frame at once."""
@@ -246,11 +248,11 @@ def view_edges(geometry: Geometry, n: int) -> Tensor:
 
 
 def _edges(geometry: Geometry, tiling: Tiling, axis: int) -> Tensor:
-    """Pixel edges on the canvas of the joined map's token rows (axis 0) or columns (axis 1): `(n, 2)` float64."""
+    """Pixel edges on the canvas of the map's rows (axis 0) or columns (axis 1): `(n, 2)` float64."""
     n, old, offset = tiling.shape[axis], tiling.trimmed[axis], tiling.trim[axis]
     cuts = offset + torch.arange(n + 1).double() * old / n if n else torch.zeros(1, dtype=torch.float64)
-    # A tile's last pixels belong to no patch, so an edge on a seam is at one place for the token that ends there and
-    # at another for the token that begins there.
+    # A tile's last pixels belong to no patch, so an edge on a seam is at one place for the token that ends
+    # there and at another for the token that begins there.
     first, last = (cuts[:-1] / geometry.side + 1e-9).floor(), (cuts[1:] / geometry.side - 1e-9).ceil() - 1
     scale = geometry.seen / geometry.side
     starts = first * geometry.tile + (cuts[:-1] - first * geometry.side) * scale

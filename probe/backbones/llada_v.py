@@ -1,23 +1,23 @@
-"""LLaDA-V (You et al. 2025) on transformers' own Llama and SigLIP: where it differs from them, and nothing else.
+"""LLaDA-V (You et al. 2025) on transformers' own Llama and SigLIP: only where it differs from them.
 
-The language model is Llama with full attention; the encoder is SigLIP without its last layer, its final norm and its
-pooling head; a two-layer projector maps every patch, and only then are tiles joined, trimmed, shrunk and given their
-newlines (`layout`). Logits are not shifted. The published loader forces the encoder to float16 and runs the decoding
-loop under float16 autocast; here everything runs in the one type that was asked for.
+The language model is Llama with full attention; the encoder is SigLIP without its last layer, its final norm
+and its pooling head; a two-layer projector maps every patch, and only then are tiles joined, trimmed, shrunk
+and given their newlines (`layout`). Logits are not shifted. The published loader forces the encoder to
+float16 and runs the decoding loop under float16 autocast; here everything runs in the one type that was
+asked for.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
@@ -27,6 +27,15 @@ from probe.backbones.anyres import Geometry, Tiling
 from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds
 from probe.backbones.checkpoint import Checkpoint, Shape, Tensors, check_names
 from probe.backbones.layout import Cells, Clip, Layout, Plain, Tiled
+from probe.backbones.llada_v_modules import (
+    EMBEDDING,
+    HEAD,
+    BidirectionalLlama,
+    llama_config,
+    projector,
+    published_name,
+    siglip_config,
+)
 from probe.backbones.pixels import frame_views, padded_views, tiled_views
 from probe.backbones.splice import splice
 from probe.backbones.tokens import Tokenizer, load_tokenizer, special_ids
@@ -35,44 +44,6 @@ from probe.site import ModelFacts, Role
 
 ATTENTION = "sdpa"
 """The attention implementation when none is asked for."""
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TOWER = "model.vision_tower.vision_tower.vision_model."
-
-_LLAMA_FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-    "max_position_embeddings", "rms_norm_eps", "attention_bias", "mlp_bias", "head_dim",
-)  # fmt: skip
-_SIGLIP_FIELDS = tuple(names.SIGLIP_SO400M)
-
-
-class BidirectionalLlama(LlamaModel):
-    """Llama in which every position sees every other."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        config.is_causal = False  # transformers then builds bidirectional masks, also from `attention_mask=None`
-        super().__init__(config)
-        for layer in self.layers:
-            layer.self_attn.is_causal = False  # else kernels that are given no mask add a causal one
-
-    def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
-        """As Llama's, with `attention_mask` None (nothing is padded), `(batch, key)` true at real keys, or 4-D.
-
-        4-D masks are `(batch, 1 or heads, query, key)`: bool or integer (true: may attend), or floats to be added.
-        """
-        embeds = kwargs.get("inputs_embeds")
-        dtype = embeds.dtype if embeds is not None else self.embed_tokens.weight.dtype
-        mask = attention_bias(attention_mask, str(self.config._attn_implementation), dtype)
-        return cast(BaseModelOutputWithPast, super().forward(*args, attention_mask=mask, **kwargs))
-
-
-def attention_bias(mask: Tensor | None, attention: str, dtype: torch.dtype) -> Tensor | None:
-    """A mask in the form that an attention implementation takes: only eager cannot take 4-D truth values."""
-    if mask is None or mask.ndim != 4 or mask.is_floating_point():
-        return mask
-    allowed = mask.bool()
-    if attention != "eager":
-        return allowed
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 class LladaV(Backbone):
@@ -89,7 +60,7 @@ class LladaV(Backbone):
         facts: ModelFacts,
         special: SpecialIds,
         geometry: Geometry | None = None,
-        projector: str = "mlp2x_gelu",
+        projector_type: str = "mlp2x_gelu",
         newlines: str = "grid",
         max_length: int | None = None,
         tokenizer: Tokenizer | None = None,
@@ -98,20 +69,21 @@ class LladaV(Backbone):
     ) -> None:
         super().__init__()
         self.facts, self.special, self.source, self.revision = facts, special, source, revision
-        self.geometry, self.newlines, self.max_length, self.tokenizer = geometry, newlines, max_length, tokenizer
+        self.geometry, self.newlines, self.max_length, self.tokenizer = (
+            geometry,
+            newlines,
+            max_length,
+            tokenizer,
+        )
         self.model = BidirectionalLlama(llama)
         self.lm_head = nn.Linear(llama.hidden_size, llama.vocab_size, bias=False)
-        self.vision_tower: nn.Module | None = None
+        self.vision_tower: Any = None
         if siglip is not None:
-            tower = SiglipVisionModel(siglip)
-            self.vision_tower = getattr(tower, "vision_model", tower)
-            self.mm_projector = _projector(projector, siglip.hidden_size, llama.hidden_size)
+            self.vision_tower = SiglipVisionModel(siglip)
+            self.mm_projector = projector(projector_type, siglip.hidden_size, llama.hidden_size)
             self.image_newline = nn.Parameter(torch.empty(llama.hidden_size))
-        self._layers = tuple(
-            LayerModules(x, x.self_attn, x.post_attention_layernorm, x.mlp) for x in self.model.layers
-        )
-        encoder = self.vision_tower.encoder.layers if self.vision_tower is not None else ()
-        self._encoder_layers = tuple(LayerModules(x, x.self_attn, x.layer_norm2, x.mlp) for x in encoder)  # type: ignore[union-attr]
+        self._layers = _layer_modules(self.model, "post_attention_layernorm")
+        self._encoder_layers = _layer_modules(self.vision_tower.encoder, "layer_norm2") if siglip else ()
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -126,10 +98,10 @@ class LladaV(Backbone):
         vocab: str = "tokenizer",
         special: SpecialIds | None = None,
     ) -> Self:
-        """Build without initialising, then take every tensor from the checkpoint: none missing, none left over.
+        """Build on no device, then take every tensor from the checkpoint: none missing, none left over.
 
-        `vocab="tokenizer"` cuts the embedding and the head to the tokenizer's length, as the published loader does;
-        `"full"` keeps every row. `special` replaces the ids found in the tokenizer.
+        `vocab="tokenizer"` cuts the embedding and the head to the tokenizer's length, as the published
+        loader does; `"full"` keeps every row. `special` replaces the ids found in the tokenizer.
         """
         if vocab not in ("tokenizer", "full"):
             raise ProbeError(f"vocab={vocab!r}; known: tokenizer, full")
@@ -137,17 +109,18 @@ class LladaV(Backbone):
         facts, tokenizer = names.facts_of(checkpoint), load_tokenizer(checkpoint.folder)
         rows = int(config["vocab_size"])
         if tokenizer is not None and len(tokenizer) > rows:
-            raise ProbeError(f"{checkpoint.folder}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows")
+            what = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows"
+            raise ProbeError(f"{checkpoint.folder}: {what}")
         kept = len(tokenizer) if tokenizer is not None and vocab == "tokenizer" else rows
         kind = attention or ATTENTION
         with torch.device("meta"):
             model = cls(
                 llama_config(config, kept, kind),
                 siglip_config(vision, encoder_attention or kind) if vision else None,
-                facts=ModelFacts(facts.name, facts.layers, facts.heads, facts.width, kept, facts.encoder_layers),
+                facts=replace(facts, vocabulary=kept),
                 special=special_ids(tokenizer, special, kept, checkpoint.source),
                 geometry=names.tower_geometry(config, vision) if vision else None,
-                projector=str(config.get("mm_projector_type", "linear")),
+                projector_type=str(config.get("mm_projector_type", "linear")),
                 newlines=str(config.get("mm_newline_position", "one_token")),
                 max_length=config.get("tokenizer_model_max_length"),
                 tokenizer=tokenizer,
@@ -159,14 +132,15 @@ class LladaV(Backbone):
         return model
 
     def _take(self, weights: Tensors, checkpoint: Checkpoint, rows: int, dtype: torch.dtype) -> None:
-        """Replace the meta tensors by the checkpoint's, cut to the vocabulary in use, and make the computed buffers."""
+        """Put the checkpoint's tensors in, cut to the vocabulary in use, and compute the buffers."""
         own = self.state_dict()
         tied = bool(checkpoint.config.get("tie_word_embeddings")) and HEAD not in weights.shapes
         published = {name: EMBEDDING if tied and name == HEAD else published_name(name) for name in own}
         cut = {EMBEDDING, HEAD}
-        expected: dict[str, Shape] = {
-            key: (rows, *own[name].shape[1:]) if key in cut else tuple(own[name].shape) for name, key in published.items()
-        }
+        expected: dict[str, Shape] = {}
+        for name, key in published.items():
+            shape = tuple(own[name].shape)
+            expected[key] = (rows, *shape[1:]) if key in cut else shape
         check_names(expected, weights.shapes, checkpoint.folder)
         values = {
             name: weights.read(key, own[name].shape[0] if key in cut else None).to(dtype)
@@ -177,7 +151,7 @@ class LladaV(Backbone):
         self.model.rotary_emb = LlamaRotaryEmbedding(self.model.config).to(device)
         if self.vision_tower is not None:
             patches = self.vision_tower.embeddings
-            patches.position_ids = torch.arange(patches.num_positions, device=device)[None]  # type: ignore[union-attr]
+            patches.position_ids = torch.arange(patches.num_positions, device=device)[None]
         self.eval().requires_grad_(False)
 
     @property
@@ -225,7 +199,7 @@ class LladaV(Backbone):
 
     @torch.no_grad()
     def vision_features(self, pixels: Tensor) -> Tensor:
-        """`(views, 3, tile, tile)` to `(views, patches, encoder width)`: the last kept layer, before any final norm."""
+        """`(views, 3, tile, tile)` to `(views, patches, encoder width)`: the last used layer, not normed."""
         tower = self._tower()
         patches = tower.embeddings(pixels.to(self.device, self.dtype))
         return cast(Tensor, tower.encoder(inputs_embeds=patches).last_hidden_state)
@@ -236,7 +210,7 @@ class LladaV(Backbone):
         return cast(Tensor, self.mm_projector(self.vision_features(pixels)))
 
     def encode_images(self, images: Sequence[Image.Image]) -> Features:
-        """One picture as a base view and tiles; several as one padded square each, as the published evaluation does."""
+        """One picture as a base view and tiles; several as one padded square each, as published."""
         geometry = self._geometry()
         if not images:
             raise ProbeError("no picture to encode; leave the features out for a question without pictures")
@@ -247,11 +221,12 @@ class LladaV(Backbone):
         return Features(self.encode_views(padded_views(images, geometry.tile)), plain)
 
     def encode_video(self, frames: Sequence[Image.Image]) -> Features:
-        """Frames of one clip, pooled by two and separated as the config says; takes one place in the question."""
+        """Frames of one clip, pooled by two, separated as the config says; one place in the question."""
         if not frames:
             raise ProbeError("a clip without frames")
         geometry = self._geometry()
-        return Features(self.encode_views(frame_views(frames, geometry.tile)), (Clip(geometry, len(frames), self.newlines),))
+        clip = Clip(geometry, len(frames), self.newlines)
+        return Features(self.encode_views(frame_views(frames, geometry.tile)), (clip,))
 
     @torch.no_grad()
     def lay_out(self, features: Features) -> tuple[list[Tensor], Cells]:
@@ -263,19 +238,20 @@ class LladaV(Backbone):
             own = layout.cells()
             cells.append(Cells(own.newline, own.box, own.view + view, own.picture + picture))
             view, picture = view + layout.views, picture + layout.pictures
-        joined = (torch.cat(part) for part in zip(*((c.newline, c.box, c.view, c.picture) for c in cells), strict=True))
-        return tokens, Cells(*joined)
+        parts = zip(*((c.newline, c.box, c.view, c.picture) for c in cells), strict=True)
+        return tokens, Cells(*(torch.cat(part) for part in parts))
 
     @torch.no_grad()
     def assemble(self, question: str, features: Features | None, *, think: bool = False) -> Prompt:
-        """Template, visual tokens and question as one sequence; cut to the config's length when there are pictures."""
+        """Template, visual tokens and question as one sequence; with pictures, cut to the config's length."""
         tokenizer = self._tokenizer()
         layouts = cast(Sequence[Layout], features.layout) if features else ()
         asked = text.ask(question, len(layouts), think=think)
         prompt = tokenizer.render(text.messages([(text.USER, asked)]))
         if features is None:
             ids = tokenizer.encode(prompt)
-            return self.without_pictures(ids, text.shared_prefix(tokenizer.encode(prompt[: prompt.rfind(asked.strip())]), ids))
+            before = tokenizer.encode(prompt[: prompt.rfind(asked.strip())])
+            return self.without_pictures(ids, text.shared_prefix(before, ids))
         ids = text.to_ids(prompt, tokenizer.encode, tokenizer.bos)
         return self.with_pictures([i for i in ids if i != tokenizer.pad], features)
 
@@ -304,7 +280,8 @@ class LladaV(Backbone):
         role = torch.full_like(row, Role.QUESTION, dtype=torch.int8)
         role[:system] = Role.SYSTEM
         none = torch.zeros(0, dtype=torch.int16, device=self.device)
-        return Prompt(self.embed(row), row, role, torch.full_like(row, -1), none.new_zeros((0, 4)).float(), none, none)
+        box = torch.zeros(0, 4, device=self.device)
+        return Prompt(self.embed(row), row, role, torch.full_like(row, -1), box, none, none)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a bare string; the tokenizer's own special tokens are recognised, none are added."""
@@ -316,7 +293,9 @@ class LladaV(Backbone):
 
     def _tower(self) -> Any:
         if self.vision_tower is None:
-            raise ProbeError(f"{self.source} is a language model without an image encoder (no `mm_vision_tower`)")
+            raise ProbeError(
+                f"{self.source} is a language model alone: its config names no `mm_vision_tower`"
+            )
         return self.vision_tower
 
     def _geometry(self) -> Geometry:
@@ -325,55 +304,14 @@ class LladaV(Backbone):
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ProbeError(f"{self.source} has no tokenizer: put tokenizer.json and tokenizer_config.json beside its weights")
+            files = "tokenizer.json and tokenizer_config.json"
+            raise ProbeError(f"{self.source} has no tokenizer: put {files} beside its weights")
         return self.tokenizer
 
 
-def published_name(name: str) -> str:
-    """The checkpoint's name of one of this class's own parameters."""
-    if name.startswith("vision_tower."):
-        return TOWER + name.removeprefix("vision_tower.")
-    return f"model.{name}" if name.startswith(("mm_projector.", "image_newline")) else name
-
-
-def llama_config(config: Mapping[str, Any], vocabulary: int, attention: str) -> LlamaConfig:
-    """transformers' settings from the checkpoint's, which still spell the rotary base the old way."""
-    rope = config.get("rope_parameters")
-    if not rope:
-        scaling = dict(config.get("rope_scaling") or {})
-        kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
-        rope = {**scaling, "rope_type": kind, "rope_theta": float(config.get("rope_theta", 10000.0))}
-    known = {k: config[k] for k in _LLAMA_FIELDS if config.get(k) is not None}
-    try:
-        return LlamaConfig(
-            **known, vocab_size=vocabulary, rope_parameters=rope, use_cache=False, attention_dropout=0.0,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False,
-            attn_implementation=attention,
-        )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        raise ProbeError(f"config.json does not describe a Llama: {error}") from error
-
-
-def siglip_config(vision: Mapping[str, Any], attention: str) -> SiglipVisionConfig:
-    """The encoder's settings with its last layer and its head left out."""
-    known = {k: vision[k] for k in _SIGLIP_FIELDS if k in vision}
-    known["num_hidden_layers"] = int(known["num_hidden_layers"]) - 1
-    try:
-        return SiglipVisionConfig(**known, attention_dropout=0.0, vision_use_head=False, attn_implementation=attention)
-    except (TypeError, ValueError) as error:
-        raise ProbeError(f"the encoder's settings do not describe a SigLIP: {error}") from error
-
-
-def _projector(kind: str, inner: int, outer: int) -> nn.Module:
-    if kind == "linear":
-        return nn.Linear(inner, outer)
-    match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
-    if not match:
-        raise ProbeError(f"`mm_projector_type` is {kind!r}; supported: linear, mlpNx_gelu")
-    layers: list[nn.Module] = [nn.Linear(inner, outer)]
-    for _ in range(int(match[1]) - 1):
-        layers += [nn.GELU(), nn.Linear(outer, outer)]
-    return nn.Sequential(*layers)
+def _layer_modules(stack: Any, pre_mlp_norm: str) -> tuple[LayerModules, ...]:
+    """The hookable modules of every layer of a Llama or of a SigLIP encoder; both call the rest alike."""
+    return tuple(LayerModules(x, x.self_attn, getattr(x, pre_mlp_norm), x.mlp) for x in stack.layers)
 
 
 def _dtype(asked: str | torch.dtype, weights: Tensors, device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What LLaDA-V's config says, before any weight is read: sizes, special tokens, visual token counts. No torch."""
+"""What LLaDA-V's config says before any weight is read: sizes, special tokens, counts. No torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PUBLISHED: dict[str, Any] = {
     "image_grid_pinpoints": "(1x1),...,(6x6)",
     "mm_patch_merge_type": "spatial_unpad",
 }
-"""The published model's settings as its code and training scripts give them: facts and counts without a download."""
+"""The published model's settings, from its code and training scripts: facts and counts without a download."""
 PUBLISHED_TOKENS = 126349
 """Length of the published tokenizer; the loader cuts the vocabulary to it."""
 
@@ -70,7 +70,7 @@ def is_llada_v(config: Mapping[str, Any]) -> bool:
 
 
 def vision_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The encoder's settings, its last layer still counted; None for a checkpoint of the language model alone."""
+    """The encoder's settings, its last layer still counted; None when there is a language model alone."""
     tower = checkpoint.config.get("mm_vision_tower")
     beside = checkpoint.json("vision_config.json")
     if not tower:
@@ -96,13 +96,15 @@ def tower_geometry(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Geom
 
 
 def count_visual(sizes: Sequence[tuple[int, int]], geometry: Geometry) -> int:
-    """Visual tokens of one sample whose pictures have these (width, height): tiles for one, a square for each of more."""
+    """Visual tokens of a sample by its pictures' (width, height): tiles for one, a square each for more."""
     if len(sizes) == 1 and geometry.pinpoints:
         return Tiling(geometry, *sizes[0]).count
     return len(sizes) * geometry.side**2
 
 
-def visual_token_count(width: int, height: int, config: Mapping[str, Any], vision: Mapping[str, Any] | None = None) -> int:
+def visual_token_count(
+    width: int, height: int, config: Mapping[str, Any], vision: Mapping[str, Any] | None = None
+) -> int:
     """Visual tokens of one picture under a config, without opening the picture.
 
     `vision` are the encoder's settings, by default those of the tower that the config names.
@@ -122,12 +124,14 @@ def published_facts() -> ModelFacts:
 
 
 def facts_of(checkpoint: Checkpoint) -> ModelFacts:
-    """Sizes of a checkpoint, from its small files alone. The vocabulary is that after the cut to the tokenizer."""
-    rows = int(checkpoint.config["vocab_size"])
-    return _facts(checkpoint.source, checkpoint.config, tokenizer_length(checkpoint) or rows, vision_settings(checkpoint))
+    """Sizes of a checkpoint from its small files alone; the vocabulary is cut to the tokenizer."""
+    vocabulary = tokenizer_length(checkpoint) or int(checkpoint.config["vocab_size"])
+    return _facts(checkpoint.source, checkpoint.config, vocabulary, vision_settings(checkpoint))
 
 
-def _facts(name: str, config: Mapping[str, Any], vocabulary: int, vision: Mapping[str, Any] | None) -> ModelFacts:
+def _facts(
+    name: str, config: Mapping[str, Any], vocabulary: int, vision: Mapping[str, Any] | None
+) -> ModelFacts:
     try:
         return ModelFacts(
             name=name,

@@ -1,4 +1,4 @@
-"""Pictures to the encoder's input: views as float32 `(views, 3, side, side)` in [-1, 1]. No model, no tokens."""
+"""Pictures to the encoder's input: float32 `(views, 3, side, side)` in -1..1. No model, no tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def cut(image: Image.Image, tiling: Tiling) -> list[Image.Image]:
     canvas.paste(image.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC), (x0, y0))
     across, down = tiling.grid
     tiles = [
-        canvas.crop((x * side, y * side, (x + 1) * side, (y + 1) * side)) for y in range(down) for x in range(across)
+        canvas.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
+        for y in range(down)
+        for x in range(across)
     ]
     return [squash(image, side), *tiles]
 

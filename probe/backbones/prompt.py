@@ -1,4 +1,4 @@
-"""Questions to prompt strings, prompt strings to pieces of ids, and generated text to an answer. No tensors."""
+"""Questions to prompt strings, prompt strings to ids, and generated text to an answer. No tensors."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def ask(question: str, pictures: int, *, think: bool) -> str:
 def to_ids(prompt: str, encode: Callable[[str], Sequence[int]], bos: int | None) -> list[int]:
     """Ids of the prompt with `IMAGE` in the places of pictures.
 
-    The text between places is encoded piece by piece. When the first piece begins with the start token, every piece
-    is taken to do so and the first id of each later piece is dropped. A tokenizer that adds no start token thereby
-    loses the newline after a picture: that is how the published model is evaluated.
+    The text between places is encoded piece by piece. When the first piece begins with the start token,
+    every piece is taken to do so and the first id of each later piece is dropped. A tokenizer that adds no
+    start token thereby loses the newline after a picture: that is how the published model is evaluated.
     """
     pieces = [list(encode(piece)) for piece in prompt.split(PLACE)]
     skip = 1 if pieces[0] and bos is not None and pieces[0][0] == bos else 0

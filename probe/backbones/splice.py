@@ -42,9 +42,9 @@ def splice(
 ) -> Spliced:
     """Replace every `IMAGE` of `ids (batch, length)` by the next of `features`, each `(tokens, width)`.
 
-    Positions where `mask (batch, length)` is false are removed first. Pictures are used in the order of their
-    places through the whole batch; the last one is used again when there are more places than pictures. Each row is
-    cut to `limit` positions, then rows are padded on `side`.
+    Positions where `mask (batch, length)` is false are removed first. Pictures are used in the order of
+    their places through the whole batch; the last one is used again when there are more places than
+    pictures. Each row is cut to `limit` positions, then rows are padded on `side`.
     """
     if side not in ("left", "right"):
         raise ProbeError(f"padding side {side!r}; known: left, right")

@@ -43,7 +43,8 @@ class Tokenizer:
         """A chat as the prompt string, with an open assistant turn at its end."""
         if not self._fast.chat_template:
             return render(chat)
-        return cast(str, self._fast.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True))
+        prompt = self._fast.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+        return cast(str, prompt)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -58,17 +59,21 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise ProbeError(f"{folder / 'tokenizer.json'} is no usable tokenizer: {error}") from error
 
 
-def special_ids(tokenizer: Tokenizer | None, given: SpecialIds | None, vocabulary: int, source: str) -> SpecialIds:
-    """The ids that decoding needs: those given, else by their strings in the tokenizer, else the published numbers."""
+def special_ids(
+    tokenizer: Tokenizer | None, given: SpecialIds | None, vocabulary: int, source: str
+) -> SpecialIds:
+    """The ids that decoding needs: those given, else found by their strings, else the published numbers."""
     tokens = (names.MASK, names.EOS, names.EOT, names.BOS, names.START_HEADER, names.END_HEADER)
     if given is None:
         found = {t.text: tokenizer.id_of(t.text) if tokenizer else t.id for t in tokens}
         lacking = [k for k, v in found.items() if v is None]
         if lacking:
-            raise ProbeError(f"the tokenizer of {source} lacks {', '.join(lacking)}; give `special` ids instead")
+            what = ", ".join(lacking)
+            raise ProbeError(f"the tokenizer of {source} lacks {what}; give `special` ids instead")
         mask, eos, stop, *more = (cast(int, v) for v in found.values())
         given = SpecialIds(mask, eos, stop, (eos, *more))
     beyond = [i for i in (given.mask, given.eos, given.stop, *given.suppressed) if not 0 <= i < vocabulary]
     if beyond:
-        raise ProbeError(f"special id {beyond[0]} is outside of the {vocabulary} rows of {source}; give `special` ids instead")
+        what = f"special id {beyond[0]} is outside of the {vocabulary} rows of {source}"
+        raise ProbeError(f"{what}; give `special` ids instead")
     return given

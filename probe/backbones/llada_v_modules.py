@@ -1,0 +1,116 @@
+"""The modules of LLaDA-V, as settings for transformers' Llama and SigLIP, and their published names.
+
+Llama differs in one thing, that no attention is causal. SigLIP loses its last layer and its pooling head. A
+projector of a few linear layers lies between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
+from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+
+from probe.backbones.llada_v_config import SIGLIP_SO400M
+from probe.errors import ProbeError
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+_LLAMA_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "mlp_bias", "head_dim",
+)  # fmt: skip
+_SIGLIP_FIELDS = tuple(SIGLIP_SO400M)
+
+
+class BidirectionalLlama(LlamaModel):  # type: ignore[no-untyped-call]
+    """Llama in which every position sees every other."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        config.is_causal = (
+            False  # transformers then builds bidirectional masks, also from `attention_mask=None`
+        )
+        super().__init__(config)
+        for module in self.modules():
+            if isinstance(module, LlamaAttention):
+                module.is_causal = False  # else kernels that are given no mask add a causal one
+
+    def forward(
+        self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPast:
+        """As Llama's; `attention_mask` is None (nothing is padded), `(batch, key)` true at real keys, or 4-D.
+
+        4-D masks are `(batch, 1 or heads, query, key)`: bool or integer (true: may attend), or floats to be
+        added.
+        """
+        embeds = kwargs.get("inputs_embeds")
+        dtype = embeds.dtype if embeds is not None else self.embed_tokens.weight.dtype
+        mask = attention_bias(attention_mask, str(self.config._attn_implementation), dtype)
+        return cast(BaseModelOutputWithPast, super().forward(*args, attention_mask=mask, **kwargs))
+
+
+def attention_bias(mask: Tensor | None, attention: str, dtype: torch.dtype) -> Tensor | None:
+    """A mask in the form that an attention implementation takes: only eager cannot take 4-D truth values."""
+    if mask is None or mask.ndim != 4 or mask.is_floating_point():
+        return mask
+    allowed = mask.bool()
+    if attention != "eager":
+        return allowed
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def published_name(name: str) -> str:
+    """The checkpoint's name of one of this class's own parameters."""
+    if name.startswith("vision_tower."):
+        return TOWER + name.removeprefix("vision_tower.")
+    return f"model.{name}" if name.startswith(("mm_projector.", "image_newline")) else name
+
+
+def llama_config(config: Mapping[str, Any], vocabulary: int, attention: str) -> LlamaConfig:
+    """transformers' settings from the checkpoint's, which still spell the rotary base the old way."""
+    rope = config.get("rope_parameters")
+    if not rope:
+        scaling = dict(config.get("rope_scaling") or {})
+        kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
+        rope = {**scaling, "rope_type": kind, "rope_theta": float(config.get("rope_theta", 10000.0))}
+    known = {k: config[k] for k in _LLAMA_FIELDS if config.get(k) is not None}
+    try:
+        return LlamaConfig(
+            **known, vocab_size=vocabulary, rope_parameters=rope, use_cache=False, attention_dropout=0.0,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False,
+            attn_implementation=attention,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise ProbeError(f"config.json does not describe a Llama: {error}") from error
+
+
+def siglip_config(vision: Mapping[str, Any], attention: str) -> SiglipVisionConfig:
+    """The encoder's settings with its last layer and its head left out."""
+    known = {k: vision[k] for k in _SIGLIP_FIELDS if k in vision}
+    known["num_hidden_layers"] = int(known["num_hidden_layers"]) - 1
+    try:
+        return SiglipVisionConfig(
+            **known, attention_dropout=0.0, vision_use_head=False, attn_implementation=attention
+        )
+    except (TypeError, ValueError) as error:
+        raise ProbeError(f"the encoder's settings do not describe a SigLIP: {error}") from error
+
+
+def projector(kind: str, inner: int, outer: int) -> nn.Module:
+    """The projector of a config's `mm_projector_type`, `(..., inner)` to `(..., outer)`."""
+    if kind == "linear":
+        return nn.Linear(inner, outer)
+    match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    if not match:
+        raise ProbeError(f"`mm_projector_type` is {kind!r}; supported: linear, mlpNx_gelu")
+    layers: list[nn.Module] = [nn.Linear(inner, outer)]
+    for _ in range(int(match[1]) - 1):
+        layers += [nn.GELU(), nn.Linear(outer, outer)]
+    return nn.Sequential(*layers)
