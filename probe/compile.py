@@ -1,0 +1,268 @@
+"""From a recipe to the table of what fires where: names become functions, layers become indices, all is checked.
+
+A recipe is compiled once per backbone, against the backbone's sizes and without its weights. Everything that can be
+known to be wrong is said here, with the place in the recipe's file. The tracer asks the table, once per step, which
+probes fire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from probe.compile_call import Call, bind, layer_error
+from probe.errors import ProbeError
+from probe.recipe import Part, ProbeSpec, Recipe
+from probe.recipe_at import Layers, Steps
+from probe.recipe_words import Wrong
+from probe.recipe_yaml import KeyPath
+from probe.registry import Entry, Registry, nearest
+from probe.site import EDIT_SITES, Clock, ModelFacts, Site
+
+__all__ = ["BoundProbe", "Call", "Edit", "ProbeTable", "Record", "Vocabulary", "compile_recipe"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An intervention: what the visual tokens are worth, which of them stay, what becomes of the others."""
+
+    score: Call | None
+    select: Call
+    do: Call
+
+
+@dataclass(frozen=True)
+class Record:
+    """A signal to record, under the name of its variable in the trace."""
+
+    signal: Call
+    name: str
+
+
+@dataclass(frozen=True)
+class BoundProbe:
+    """One probe of a recipe at one layer of a model. `place` is where the recipe says so: `file:line:column`."""
+
+    name: str
+    site: Site
+    layer: int | None
+    edit: Edit | None
+    records: tuple[Record, ...]
+    steps: Steps
+    place: str
+    line: int | None
+
+    def fires(self, clock: Clock) -> bool:
+        """Whether the probe acts in a pass of this step."""
+        return self.steps.fires(clock)
+
+
+@dataclass(frozen=True)
+class ProbeTable:
+    """All probes of a recipe, one per (probe, layer), in the recipe's order."""
+
+    probes: tuple[BoundProbe, ...]
+    _by_step: dict[tuple[int, int], tuple[BoundProbe, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def at(self, clock: Clock) -> tuple[BoundProbe, ...]:
+        """The probes that fire at the clock's step, in the recipe's order."""
+        key = (clock.step, clock.nominal_steps)
+        if key not in self._by_step:
+            self._by_step[key] = tuple(p for p in self.probes if p.fires(clock))
+        return self._by_step[key]
+
+    @property
+    def edits(self) -> tuple[BoundProbe, ...]:
+        """The probes that intervene."""
+        return tuple(p for p in self.probes if p.edit is not None)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the recorded variables, in the recipe's order, each once."""
+        return tuple(dict.fromkeys(r.name for p in self.probes for r in p.records))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The registries that a recipe's words are looked up in."""
+
+    scores: Registry
+    selections: Registry
+    operations: Registry
+    signals: Registry
+
+    @classmethod
+    def installed(cls) -> Vocabulary:
+        """Everything built in and everything that installed packages add."""
+        import probe.vocabulary  # noqa: F401  (registers the built-in parts; imports torch, so only when needed)
+        from probe.registry import operations, scores, selections, signals
+
+        return cls(scores, selections, operations, signals)
+
+
+def compile_recipe(recipe: Recipe, facts: ModelFacts, *, vocabulary: Vocabulary | None = None) -> ProbeTable:
+    """Check a recipe against a model's sizes and the vocabulary, and lay out what fires where."""
+    words = vocabulary or Vocabulary.installed()
+    probes: list[BoundProbe] = []
+    for i, spec in enumerate(recipe.probes):
+        probes += _Compiler(recipe, facts, words, spec, ("probes", i)).probes()
+    return ProbeTable(tuple(probes))
+
+
+class _Compiler:
+    """Compiles one probe of a recipe. Every method either returns what was asked or raises with its place."""
+
+    def __init__(
+        self, recipe: Recipe, facts: ModelFacts, words: Vocabulary, spec: ProbeSpec, path: KeyPath
+    ) -> None:
+        self.recipe = recipe
+        self.facts = facts
+        self.words = words
+        self.spec = spec
+        self.path = path
+        self.site = spec.at.site
+
+    def fail(self, words: str, *path: str | int) -> ProbeError:
+        return self.recipe.fault(self.path + path, words)
+
+    def probes(self) -> list[BoundProbe]:
+        layers = self.layers()
+        edits: list[Edit | None] = [None] * len(layers)
+        records: list[tuple[Record, ...]] = [()] * len(layers)
+        if self.spec.record is not None:
+            signals = self.records()
+            records = [signals] * len(layers)
+        else:
+            edits = list(self.edits(layers))
+        at = (self.recipe.place(self.path), self.recipe.line(self.path))
+        return [
+            BoundProbe(self.spec.name, self.site, layer, edit, record, self.spec.at.steps, *at)
+            for layer, edit, record in zip(layers, edits, records, strict=True)
+        ]
+
+    def layers(self) -> tuple[int | None, ...]:
+        where: Layers | None = self.spec.at.where
+        if where is None:
+            return (None,)
+        encoder = self.site is Site.ENCODER_LAYER_OUTPUT
+        count = self.facts.encoder_layers if encoder else self.facts.layers
+        owner = f"the encoder of {self.facts.name}" if encoder else self.facts.name
+        key = "layer" if self.spec.at.layer is not None else "layers"
+        try:
+            return where.resolve(count, owner)
+        except Wrong as error:
+            inside = error.path if key == "layers" else ()
+            raise self.fail(str(error), "at", key, *inside) from None
+
+    # --- words --------------------------------------------------------------------------------------------------
+
+    def entry(self, registry: Registry, part: Part, *path: str | int) -> Entry:
+        if part.name not in registry:
+            hint = nearest(part.name, registry.names()) if registry.names() else "none is registered"
+            raise self.fail(f"there is no {registry.kind} `{part.name}`; {hint}", *path)
+        return registry[part.name]
+
+    def call(
+        self, entry: Entry, part: Part, layers: int, *path: str | int, varies: bool = True
+    ) -> list[Call]:
+        """The call of a part, once per layer of the probe."""
+        params = {k: v for k, v in part.params.items() if k != "as" or entry.kind != "signal"}
+        inside = (*path, part.name)
+        try:
+            return [bind(entry, params, i, layers, varies=varies) for i in range(layers)]
+        except Wrong as error:
+            words = str(error)
+            raise self.recipe.fault(
+                (*self.path, *inside, *error.path), words, key=words.startswith("unknown")
+            ) from None
+
+    # --- signals ------------------------------------------------------------------------------------------------
+
+    def records(self) -> tuple[Record, ...]:
+        assert self.spec.record is not None
+        found = []
+        for j, part in enumerate(self.spec.record):
+            entry = self.entry(self.words.signals, part, "record", j)
+            sites = entry.meta.get("site")
+            sites = () if sites is None else (sites,) if isinstance(sites, Site) else tuple(sites)
+            if sites and self.site not in sites:
+                where = " or ".join(f"`{s}`" for s in sites)
+                raise self.fail(f"`{part.name}` is recorded at {where}, not at `{self.site}`", "record", j)
+            (call,) = self.call(entry, part, 1, "record", j, varies=False)
+            found.append(Record(call, part.variable))
+        return tuple(found)
+
+    # --- interventions ------------------------------------------------------------------------------------------
+
+    def edits(self, layers: tuple[int | None, ...]) -> list[Edit]:
+        spec, n = self.spec, len(layers)
+        if self.site not in EDIT_SITES:
+            allowed = ", ".join(f"`{s}`" for s in EDIT_SITES)
+            raise self.fail(
+                f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site"
+            )
+        assert spec.do is not None
+        operation = self.entry(self.words.operations, spec.do, "do")
+        selected = spec.select
+        if selected is None:
+            default = operation.meta.get("default_select")
+            if default is None:
+                raise self.fail(f"`{spec.do.name}` needs `select`: which visual tokens shall stay?")
+            selected = Part.model_validate(default)
+        selection = self.entry(self.words.selections, selected, "select")
+        score = None if spec.score is None else self.entry(self.words.scores, spec.score, "score")
+        dos = self.call(operation, spec.do, n, "do")
+        selects = self.call(selection, selected, n, "select")
+        scores: list[Call | None] = [None] * n
+        if spec.score is not None and score is not None:
+            scores = list(self.call(score, spec.score, n, "score"))
+        for layer, given, select, do in zip(layers, scores, selects, dos, strict=True):
+            self.check_score(select.entry, given)
+            self.check_duration(do)
+            if given is not None:
+                self.check_attention(layer, given)
+        return [Edit(a, b, c) for a, b, c in zip(scores, selects, dos, strict=True)]
+
+    def check_score(self, selection: Entry, score: Call | None) -> None:
+        """A selection that reads one number per token, or one per pair of tokens, must get just that."""
+        wanted = {"score": "per_token", "similarity": "pairwise"}
+        kinds = [kind for name, kind in wanted.items() if name in selection.needs]
+        pairs = "one number per pair of tokens (such as `similarity`)"
+        single = "one number per token (such as `attention`)"
+        if not kinds and score is not None:
+            raise self.fail(f"the selection `{selection.name}` looks at no score; remove `score`", "score")
+        if not kinds:
+            return
+        need = pairs if kinds == ["pairwise"] else single
+        if score is None:
+            raise self.fail(f"the selection `{selection.name}` needs a `score` with {need}", "select")
+        for kind in {_kind(score.entry, params) for params in score.variants}:
+            if kind not in kinds:
+                gives = pairs if kind == "pairwise" else single
+                raise self.fail(
+                    f"the selection `{selection.name}` needs {need}, but `{score.entry.name}` gives {gives} here",
+                    "score",
+                )
+
+    def check_attention(self, layer: int | None, score: Call) -> None:
+        if not {"attention", "received"} & set(score.entry.needs):
+            return
+        for params in score.variants:
+            relative = params.get("layer", 0)
+            if isinstance(relative, int) and (words := layer_error(self.site, layer, relative)):
+                path = ("layer",) if "layer" in (self.spec.score.params if self.spec.score else {}) else ()
+                raise self.fail(words, "score", score.entry.name, *path)
+
+    def check_duration(self, do: Call) -> None:
+        if self.site is Site.FINAL and any(p.get("lasts", "generation") == "forward" for p in do.variants):
+            raise self.fail(
+                "at `final` the step is over, so it can only change the next ones: set `lasts: generation`",
+                *("do", do.entry.name, "lasts"),
+            )
+
+
+def _kind(entry: Entry, params: dict[str, Any]) -> str:
+    kind = entry.meta.get("kind", "per_token")
+    return str(kind(params) if callable(kind) else kind)
