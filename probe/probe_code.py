@@ -18,7 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from probe.backbones.base import Backbone
+from probe.recipe_at import Steps
 from probe.site import Clock
+from probe.trace_schema import Variable
+
+CODE_PROBES: dict[str, CodeProbe] = {}
+"""Every function that `code_probe` has decorated in this process, by name."""
 
 CodeFunction = Callable[[Any, Clock], "Tensor | None"]
 
@@ -30,6 +35,30 @@ class CodeProbe:
     name: str
     function: CodeFunction
     fires: Callable[[Clock], bool]
+    dims: tuple[str, ...] = ()
+
+    @property
+    def variable(self) -> Variable:
+        """How what it returns is kept in a trace: `(step, *dims)`."""
+        said = (self.function.__doc__ or "returned by a probe in code").strip().split("\n")[0]
+        return Variable(self.name, ("step", *self.dims), "1", said, probe=self.name)
+
+
+def code_probe(
+    *, steps: Any = "all", dims: tuple[str, ...] = (), name: str | None = None
+) -> Callable[[CodeFunction], CodeFunction]:
+    """Register a function as a probe. `steps` as in a recipe (`first`, 3, `{"from": "50%"}`, ...).
+
+    `dims` names the axes of the tensor that it returns (none: one number per step).
+    """
+    when = Steps.parse(steps)
+
+    def register(function: CodeFunction) -> CodeFunction:
+        key = name or function.__name__
+        CODE_PROBES[key] = CodeProbe(key, function, when.fires, dims)
+        return function
+
+    return register
 
 
 def run_traced(

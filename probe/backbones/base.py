@@ -134,6 +134,10 @@ class Backbone(ABC, nn.Module):
         """Preprocess, encode and project the pictures of one sample. The costly half of `encode`."""
 
     @abstractmethod
+    def encode_flops(self, features: Features) -> float:
+        """Executed FLOPs of `encode_images`: every view through encoder and projector (`probe.cost`)."""
+
+    @abstractmethod
     def assemble(self, question: str, features: Features | None, *, think: bool = False) -> Prompt:
         """Lay out template, visual tokens and question as one sequence with roles."""
 

@@ -39,6 +39,7 @@ from probe.backbones.llada_v_modules import (
 from probe.backbones.pixels import frame_views, padded_views, tiled_views
 from probe.backbones.splice import splice
 from probe.backbones.tokens import Tokenizer, load_tokenizer, special_ids
+from probe.cost import encoder_dims
 from probe.errors import ProbeError
 from probe.site import ModelFacts, Role
 
@@ -227,6 +228,11 @@ class LladaV(Backbone):
         geometry = self._geometry()
         clip = Clip(geometry, len(frames), self.newlines)
         return Features(self.encode_views(frame_views(frames, geometry.tile)), (clip,))
+
+    def encode_flops(self, features: Features) -> float:
+        """Patch embedding, the kept layers and the projector, for every view."""
+        dims = encoder_dims(self._tower().config, self.facts.width)
+        return float(dims.encode(features.projected.shape[0]))
 
     @torch.no_grad()
     def lay_out(self, features: Features) -> tuple[list[Tensor], Cells]:

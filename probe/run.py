@@ -1,0 +1,347 @@
+"""Run a recipe: every sample without its interventions (the baseline) and with them, into two traces and one table.
+
+The main job of the project. Times are taken honestly: where the recipe records, both sides are run once more with
+nothing recorded, interleaved sample by sample, and only those times are compared.
+"""
+
+from __future__ import annotations
+
+import io
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from probe import data
+from probe.assemble import ALWAYS, coordinates, recorded_variables
+from probe.backbones import load
+from probe.backbones.base import Backbone
+from probe.compile import ProbeTable, compile_recipe
+from probe.errors import ProbeError
+from probe.generate import Generated, OnStep, generate
+from probe.loop import Rule, Step
+from probe.probe_code import CodeProbe
+from probe.recipe import Recipe
+from probe.summary import Row, summarise
+from probe.timing import Stopwatch
+from probe.trace import TraceWriter
+from probe.trace_schema import SampleRecord, TraceHeader, Variable
+
+OnProgress = Callable[["Progress"], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: for a progress display. `total` is None while the data does not say how many samples it has."""
+
+    sample: int
+    total: int | None
+    side: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: traces, the table's rows (baseline first, if there is one), and how many samples failed."""
+
+    trace: Path
+    baseline: Path | None
+    rows: tuple[Row, ...]
+    failed: int
+    samples: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One way of running the samples: the baseline or the recipe."""
+
+    label: str
+    recipe: Recipe
+    table: ProbeTable
+    bare: ProbeTable
+    path: Path
+    records: bool
+
+
+def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *, pictures: bool) -> Rule:
+    """The loop's settings for one sample: the recipe's, else the task's suggestion, else the backbone's own.
+
+    A `gen_length` of the recipe's own takes one block and the suggested steps in proportion, unless it says otherwise.
+    """
+    own = recipe.generate
+    base = {
+        "gen_length": backbone.defaults.gen_length,
+        "block_length": backbone.defaults.block_length,
+        "steps": backbone.defaults.steps,
+    } | dict(suggested)
+    gen_length = own.gen_length or base["gen_length"]
+    changed = gen_length != base["gen_length"]
+    block_length = own.block_length or (gen_length if changed else base["block_length"])
+    in_proportion = max(1, round(base["steps"] * gen_length / base["gen_length"]))
+    steps = own.steps or (in_proportion if changed else base["steps"])
+    stop = own.stop if own.stop is not None else (backbone.defaults.stop if pictures else ())
+    remasking = own.remasking or "low_confidence"
+    if remasking not in ("low_confidence", "random"):
+        raise ProbeError(f"generate.remasking is `{remasking}`; known: low_confidence, random")
+    return Rule(
+        gen_length=gen_length,
+        block_length=block_length,
+        steps=steps,
+        mask_id=backbone.special.mask,
+        suppressed=backbone.special.suppressed,
+        temperature=own.temperature or 0.0,
+        remasking=remasking,
+        cfg_scale=own.cfg_scale or 0.0,
+        stop=tuple(tuple(backbone.tokenize(s)) for s in stop),
+        suffix=tuple(backbone.tokenize(own.suffix)) if own.suffix else (),
+    )
+
+
+def samples_of(recipe: Recipe, limit: int | None = None) -> Iterator[data.Sample | ProbeError]:
+    """The recipe's samples; one that cannot be read is yielded as its error, and reading goes on."""
+    limit = limit if limit is not None else recipe.data.limit
+    source = (
+        data.from_jsonl(recipe.data.file)
+        if recipe.data.file is not None
+        else data.load(recipe.data.source, limit if limit is not None else 24)
+    )
+    count = 0
+    while limit is None or count < limit:
+        try:
+            yield next(source)
+        except StopIteration:
+            return
+        except ProbeError as error:
+            yield error
+        count += 1
+
+
+def run(
+    recipe: Recipe,
+    *,
+    backbone: Backbone | None = None,
+    samples: Sequence[data.Sample] | None = None,
+    out: str | Path | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    baseline: bool | None = None,
+    timed: bool | None = None,
+    code_probes: Sequence[CodeProbe] = (),
+    on_progress: OnProgress | None = None,
+    command: str = "",
+) -> RunResult:
+    """Run `recipe` on its data, or on `samples`, and leave `OUT/NAME.trace.h5` (and the baseline's) behind.
+
+    `out` is a folder (default `runs/NAME`); `seed` overrides the recipe's; `resume` finishes what an earlier run left.
+    A sample that fails is recorded with its reason, and the run goes on. Raises `ProbeError` for anything that
+    concerns the run as a whole, before a file is made.
+    """
+    started = recipe
+    if seed is not None:
+        recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"seed": seed})})
+    seed = recipe.generate.seed
+    backbone = backbone or load(recipe.backbone, device=pick_device(device), dtype=dtype)
+    table = compile_recipe(recipe, backbone.facts)
+    intervenes = any(p.edit is not None for p in table.probes)
+    with_baseline = intervenes and (recipe.run.baseline if baseline is None else baseline)
+    records = any(p.records for p in table.probes) or bool(code_probes)
+    timed = recipe.run.time if timed is None else timed
+    source: Iterator[data.Sample | ProbeError] = iter(samples[:limit]) if samples is not None else samples_of(recipe, limit)
+    total = len(samples[:limit]) if samples is not None else (limit or recipe.data.limit)
+    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def side(label: str, r: Recipe, path: Path) -> _Side:
+        return _Side(
+            label, r, compile_recipe(r, backbone.facts), compile_recipe(r.without_recording(), backbone.facts), path, records
+        )
+
+    sides = [side(recipe.name, recipe, folder / f"{recipe.name}.trace.h5")]
+    if with_baseline:
+        sides.insert(0, side("baseline", recipe.without_interventions(), folder / f"{recipe.name}.baseline.trace.h5"))
+
+    failed = count = 0
+    notes: list[str] = []
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(_writer(s, backbone, seed, command, code_probes, resume=resume)) for s in sides
+        ]
+        for number, item in enumerate(source):
+            count += 1
+            if all(number in w.done for w in writers):
+                continue
+            try:
+                if isinstance(item, ProbeError):
+                    raise item
+                results = _one_sample(
+                    backbone, sides, item, number, seed,
+                    timed=timed and records, code_probes=code_probes, total=total, on_progress=on_progress,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                raise
+            except Exception as error:
+                failed += 1
+                reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
+                if not isinstance(item, ProbeError):
+                    _write_failed(writers, item, number, reason)
+                else:
+                    for w in writers:
+                        w.write(SampleRecord(sample=number, sample_id=str(number), failed=reason))
+                notes.append(f"sample {number} failed: {reason}")
+                continue
+            for s, writer, result in zip(sides, writers, results, strict=True):
+                if number not in writer.done:
+                    writer.write(_record(s, backbone, item, number, result, pictures=recipe.trace.pictures))
+        if count == 0:
+            raise ProbeError(f"there are no samples in {started.data.source}")
+    rows = summarise([s.path for s in sides], [s.label for s in sides])
+    return RunResult(
+        trace=sides[-1].path,
+        baseline=sides[0].path if with_baseline else None,
+        rows=rows,
+        failed=failed,
+        samples=count,
+        notes=tuple(notes),
+    )
+
+
+def _one_sample(
+    backbone: Backbone,
+    sides: Sequence[_Side],
+    sample: data.Sample,
+    number: int,
+    seed: int,
+    *,
+    timed: bool,
+    code_probes: Sequence[CodeProbe],
+    total: int | None,
+    on_progress: OnProgress | None,
+) -> list[Generated]:
+    """All sides of one sample; pictures are encoded once, and each side is charged for it."""
+    watch = Stopwatch(next(backbone.parameters()).device)
+    with watch.section("encode"):
+        features = backbone.encode_images(sample.images) if sample.images else None
+    encode_flops = backbone.encode_flops(features) if features is not None else 0.0
+    spent = sum(watch.drain().values())
+    recipe = sides[0].recipe
+    prompt = backbone.assemble(sample.question, features, think=bool(recipe.generate.think))
+    rule = rule_for(backbone, recipe, sample.generate, pictures=bool(sample.images))
+    keeps_signals = recipe.trace.samples == "all" or number < int(recipe.trace.samples)
+
+    def one(s: _Side, table: ProbeTable, code: Sequence[CodeProbe], told: bool) -> Generated:
+        def on_step(step: Step) -> None:
+            if on_progress is not None:
+                on_progress(Progress(number, total, s.label, step.clock.step + 1, rule.steps))
+
+        report: OnStep | None = on_step if told else None
+        return generate(
+            backbone, [prompt], rule, table, seed=seed, samples=[number],
+            encode_flops=[encode_flops], code_probes=code, on_step=report,
+        )[0]  # fmt: skip
+
+    results = [one(s, s.table if keeps_signals else s.bare, code_probes if keeps_signals else (), True) for s in sides]
+    bare = [one(s, s.bare, (), False) for s in sides] if timed else [None] * len(sides)
+    out = []
+    for s, result, unrecorded in zip(sides, results, bare, strict=True):
+        clean = np.nan
+        if unrecorded is not None:
+            clean = unrecorded.seconds + spent
+            if unrecorded.ids != result.ids:
+                raise ProbeError(f"{s.label}: recording changed the answer of sample {number}; please report this")
+        elif not s.records:
+            clean = result.seconds + spent
+        arrays = result.arrays | {
+            "seconds_total": np.array(result.seconds + spent),
+            "seconds_unrecorded": np.array(clean),
+        }
+        arrays["seconds"][0, 0] = spent
+        out.append(replace(result, arrays=arrays))
+    return out
+
+
+def _record(
+    side: _Side, backbone: Backbone, sample: data.Sample, number: int, result: Generated, *, pictures: bool
+) -> SampleRecord:
+    score = data.METRICS[sample.metric](result.text, sample.answers) if sample.answers and sample.metric else np.nan
+    picture = None
+    if pictures and sample.images:
+        buffer = io.BytesIO()
+        small = sample.images[0].copy()
+        small.thumbnail((768, 768))
+        small.save(buffer, "PNG")
+        picture = buffer.getvalue()
+    return SampleRecord(
+        sample=number,
+        sample_id=sample.id,
+        task=sample.task,
+        question=sample.question,
+        references=tuple(sample.answers),
+        prediction=result.text,
+        metric=sample.metric,
+        score=float(score),
+        arrays=result.arrays,
+        picture=picture,
+    )
+
+
+def _write_failed(writers: Sequence[TraceWriter], sample: data.Sample, number: int, reason: str) -> None:
+    for writer in writers:
+        if number not in writer.done:
+            writer.write(
+                SampleRecord(
+                    sample=number, sample_id=sample.id, task=sample.task, question=sample.question,
+                    references=tuple(sample.answers), metric=sample.metric, failed=reason,
+                )  # fmt: skip
+            )
+
+
+def _writer(
+    side: _Side, backbone: Backbone, seed: int, command: str, code_probes: Sequence[CodeProbe], *, resume: bool
+) -> TraceWriter:
+    device = next(backbone.parameters()).device
+    variables: list[Variable] = [*ALWAYS, *recorded_variables(side.table), *(c.variable for c in code_probes)]
+    header = TraceHeader(
+        recipe_name=side.recipe.name,
+        recipe_yaml=side.recipe.to_yaml(),
+        recipe_hash=side.recipe.hash,
+        backbone=backbone.source,
+        weights_revision=backbone.revision,
+        dtype=str(next(backbone.parameters()).dtype).removeprefix("torch."),
+        attention_kernel=str(backbone.lm.config._attn_implementation),
+        device=str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        seed=seed,
+        versions={
+            "python": platform.python_version(),
+            "platform": sys.platform,
+            **{p: version(p) for p in ("torch", "transformers", "nnsight", "h5py", "numpy")},
+        },
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        coords=coordinates(side.table),
+        extra={"default_plot": "attention_mass" if side.records else "commit_step"},
+    )
+    return TraceWriter(side.path, header, variables, resume=resume)
+
+
+def pick_device(device: str) -> str:
+    """`auto` is the first CUDA device if there is one, else the CPU."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ProbeError(f"device `{device}` was asked for, but torch {torch.__version__} sees no CUDA device here; use cpu")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ProbeError(f"there is no device `{device}`; known: auto, cpu, cuda, cuda:0, mps")
+    return device
