@@ -1,0 +1,27 @@
+"""One question about one or more pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a run is given for one answer.
+
+    ``answers`` are the accepted references, best one counts; empty when none is known. ``metric`` is a name
+    in ``probe.data.METRICS``, or empty when there is nothing to compare with. ``generate`` holds what the
+    task suggests for ``gen_length``, ``steps`` and ``block_length`` (tokens, denoising steps, tokens); a
+    recipe may say otherwise.
+    """
+
+    id: str
+    images: tuple[Image.Image, ...]
+    question: str
+    answers: tuple[str, ...] = ()
+    metric: str = ""
+    task: str = "own"
+    generate: Mapping[str, int] = field(default_factory=dict)

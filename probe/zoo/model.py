@@ -1,0 +1,177 @@
+"""The miniature itself: transformers' ``LlamaModel`` without a causal mask behind a LLaDA-V splice, for
+training.
+
+The sequence is the published one, at a small size: the prompt up to ``<image>``, 36 base-view tokens, a
+raster of 12 x 12 tile tokens with one newline embedding after each row, the rest of the prompt, the answer.
+Logits are unshifted. Only training needs this module; running the shipped weights is the backbone adapter's
+work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from probe.zoo.tower import SIDE
+
+VISUAL = SIDE * SIDE + 2 * SIDE * (2 * SIDE + 1)  # 36 base tokens, and 12 rows of 12 with a newline each: 192
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Several question-answer groups behind one prefix, which sees itself; a group sees it and itself."""
+
+    prefix: int
+    groups: int
+
+
+def _softmax_values(scores: Tensor, value: Tensor) -> Tensor:
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float, dropout: float = 0.0, packing: Packing | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Bidirectional attention, (batch, heads, length, head size) to (batch, length, heads, head size).
+
+    With a :class:`Packing` the scores between different groups, and those of the prefix towards groups, are
+    never computed.
+    """
+    if packing is None:
+        out = _softmax_values(query @ key.transpose(-1, -2) * scaling, value)
+        return out.transpose(1, 2).contiguous(), None
+    p, shape = packing.prefix, (packing.groups, (query.shape[2] - packing.prefix) // packing.groups)
+    first = _softmax_values(query[:, :, :p] @ key[:, :, :p].transpose(-1, -2) * scaling, value[:, :, :p])
+    rows = query[:, :, p:]
+    own_key, own_value = (x[:, :, p:].unflatten(2, shape) for x in (key, value))
+    to_own = (rows.unflatten(2, shape) @ own_key.transpose(-1, -2)).flatten(2, 3)
+    scores = torch.cat([rows @ key[:, :, :p].transpose(-1, -2), to_own], -1) * scaling
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    own = (weights[..., p:].unflatten(2, shape) @ own_value).flatten(2, 3)
+    rest = weights[..., :p] @ value[:, :, :p] + own
+    return torch.cat([first, rest], 2).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("miniature_packed", packed_attention)
+
+
+def language_config(
+    vocabulary: int, hidden: int = 192, layers: int = 6, heads: int = 4, mlp: int = 512
+) -> LlamaConfig:
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, hidden_act="silu",
+        max_position_embeddings=16384, rms_norm_eps=1e-5,
+        tie_word_embeddings=False, attention_bias=False, use_cache=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    config._attn_implementation = "miniature_packed"
+    return config
+
+
+class Miniature(nn.Module):
+    """Language model, head, projector and newline embedding; the tower's features come from a cache."""
+
+    def __init__(self, config: LlamaConfig, tower_width: int) -> None:
+        super().__init__()
+        self.lm = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        hidden = config.hidden_size
+        self.projector = nn.Sequential(nn.Linear(tower_width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.newline = nn.Parameter(torch.randn(hidden) * 0.02)
+
+    def compile_layers(self) -> None:
+        for layer in self.lm.layers:
+            layer.compile(dynamic=False)
+
+    def visual(self, features: Tensor) -> Tensor:
+        """(batch, 5, 36, tower width) to the visual span (batch, 192, hidden)."""
+        projected = self.projector(features)
+        batch, _, _, hidden = projected.shape
+        tiles = projected[:, 1:].view(batch, 2, 2, SIDE, SIDE, hidden)  # tile row, tile column, row, column
+        raster = tiles.transpose(2, 3).reshape(batch, 2 * SIDE, 2 * SIDE, hidden)
+        newline = self.newline.expand(batch, 2 * SIDE, 1, hidden)
+        return torch.cat([projected[:, 0], torch.cat([raster, newline], 2).flatten(1, 2)], 1)
+
+    def prefix(self, features: Tensor, opening: Tensor) -> Tensor:
+        """The prompt up to and with the picture, (batch, opening + 192, hidden); ``opening`` are ids."""
+        text = self.lm.embed_tokens(opening).expand(features.shape[0], -1, -1)
+        return torch.cat([text, self.visual(features)], 1)
+
+    def logits(self, prefix: Tensor, groups: Tensor, answer: int, packed: bool) -> Tensor:
+        """Logits of the last ``answer`` positions of each group: float32 (batch, groups, answer, vocabulary).
+
+        ``groups`` holds token ids (batch, groups, length). Unpacked, there is one group and everything sees
+        everything.
+        """
+        _, count, length = groups.shape
+        start = prefix.shape[1]
+        hidden = torch.cat([prefix, self.lm.embed_tokens(groups.flatten(1))], 1)
+        positions = torch.cat([torch.arange(start), (start + torch.arange(length)).repeat(count)])[None]
+        rotary = self.lm.rotary_emb(hidden, position_ids=positions)
+        packing = Packing(start, count) if packed else None
+        for layer in self.lm.layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, packing=packing)
+        tail = hidden[:, start:].unflatten(1, (count, length))[:, :, -answer:]
+        return self.lm_head(self.lm.norm(tail)).float()
+
+
+def diffusion_loss(logits: Tensor, wanted: Tensor, masked: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Masked-diffusion loss of (samples, length) answers, and the accuracy of each sample's masked content.
+
+    Per sample the weighted mean of the cross-entropy over masked positions: the same expectation as the 1/t
+    weighting of LLaDA (Nie et al. 2025, arXiv 2502.09992, eq. 3) with less variance.
+    """
+    share = masked * weight
+    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(share)
+    loss = ((losses * share).sum(1) / share.sum(1)).mean()
+    with torch.no_grad():
+        content = masked & (weight == 1)
+        right = ((logits.argmax(-1) == wanted) & content).sum(1) / content.sum(1)
+    return loss, right
+
+
+def draw_masks(
+    samples: int, length: int, generator: torch.Generator, least: float = 0.03
+) -> tuple[Tensor, Tensor]:
+    """Mask ratios t, stratified over the samples and shuffled, and masks (samples, length), none empty."""
+    strata = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
+    t = least + (1 - least) * strata[torch.randperm(samples, generator=generator)]
+    noise = torch.rand(samples, length, generator=generator)
+    masked = noise < t[:, None]
+    masked |= noise == noise.min(1, keepdim=True).values
+    return t, masked
+
+
+@torch.no_grad()
+def generate(
+    model: Miniature, features: Tensor, opening: Tensor, question: Tensor, length: int, steps: int,
+    mask: int, eot: int, suppressed: list[int],
+) -> Tensor:  # fmt: skip
+    """Plain low-confidence decoding for the progress report: int64 (batch, length). One block, temperature 0.
+
+    ``question`` is (batch, tokens). Each step commits the most confident ``length // steps`` masked
+    positions (the remainder goes to the first steps); nothing after the first committed end of turn is
+    decoded any more.
+    """
+    batch = features.shape[0]
+    answer = torch.full((batch, length), mask)
+    prefix = model.prefix(features, opening)
+    for step in range(steps):
+        count = length // steps + (step < length % steps)
+        logits = model.logits(prefix, torch.cat([question, answer], 1)[:, None], length, packed=False)[:, 0]
+        logits[..., suppressed] = -torch.inf
+        confidence, choice = logits.double().softmax(-1).max(-1)
+        ended = (answer == eot).int().cumsum(1) > 0
+        confidence[(answer != mask) | ended] = -torch.inf
+        best, where = confidence.topk(count, dim=1)
+        chosen = torch.where(best > -torch.inf, choice.gather(1, where), answer.gather(1, where))
+        answer.scatter_(1, where, chosen)
+    return answer
