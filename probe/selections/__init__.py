@@ -98,6 +98,6 @@ def greedy_diverse(
 
 
 @selections.register(name="none")
-def none_kept(count_alive: int) -> Tensor:
+def none_kept(n: int) -> Tensor:
     """Keep no visual token (what a withdrawal means)."""
     return torch.empty(0, dtype=torch.int64)

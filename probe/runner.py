@@ -58,6 +58,7 @@ class RunResult:
     failed: int
     samples: int
     notes: tuple[str, ...] = ()
+    picture: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,267 @@
+"""The command line: parses, calls `probe.*`, prints. Nothing is computed here, and nothing heavy is imported for --help."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from probe.recipe import Recipe
+    from probe.runner import Progress, RunResult
+
+app = typer.Typer(
+    name="probe",
+    help="Record and intervene at any (denoising step, layer) of a discrete-diffusion multimodal LLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped recipe's name, or a trace to repeat.")
+]
+BackboneOption = Annotated[
+    str | None, typer.Option("--backbone", "-b", help="Name, folder or Hub id; default: the recipe's, else `miniature`.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="NAME=VALUE", help="Turn a dial (keep=0.25) or a setting (generate.steps=8)."),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    backbone: BackboneOption = None,
+    data: Annotated[str | None, typer.Option(help="A task (see `probe backbones`) or a JSONL file of your own.")] = None,
+    image: Annotated[Path | None, typer.Option(help="One picture of your own, with --ask.")] = None,
+    ask: Annotated[str | None, typer.Option(help="The question about --image.")] = None,
+    sets: SetOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice; default: the recipe's.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for traces; default runs/NAME.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Finish what an interrupted run left.")] = False,
+    baseline: Annotated[
+        bool | None, typer.Option("--baseline/--no-baseline", help="Also run without the interventions.")
+    ] = None,
+    timed: Annotated[
+        bool | None, typer.Option("--time/--no-time", help="Where signals are recorded: time once more without.")
+    ] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="A Python file with scores, selections or code probes of your own.")
+    ] = None,
+) -> None:
+    """Run a recipe and compare it with the unpruned baseline."""
+    from probe.plugins import load_plugins
+    from probe.runner import run as run_recipe
+
+    code = load_plugins(plugin or [])
+    loaded = _load(recipe, sets, backbone=backbone, data=data)
+    samples = None
+    if (image is None) != (ask is None):
+        raise ProbeError("--image and --ask belong together: a picture, and the question about it")
+    if image is not None and ask is not None:
+        from probe.data import from_image
+
+        samples = [from_image(image, ask)]
+    with _Display(loaded.name) as display:
+        result = run_recipe(
+            loaded,
+            samples=samples,
+            out=folder,
+            limit=limit,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            resume=resume,
+            baseline=baseline,
+            timed=timed,
+            code_probes=code,
+            on_progress=display,
+            command="probe " + shlex.join(sys.argv[1:]),
+        )
+    _report(result)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+@app.command()
+def check(recipe: RecipeArgument, backbone: BackboneOption = None, sets: SetOption = None) -> None:
+    """Say in words what a recipe will do on a backbone, without loading its weights."""
+    from probe.backbones import facts_of
+    from probe.explain import explain
+
+    loaded = _load(recipe, sets, backbone=backbone)
+    out.print(explain(loaded, facts_of(loaded.backbone)), highlight=False, markup=False)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from rich.table import Table
+
+    from probe.recipe import shipped_recipes
+
+    table = Table("recipe", "what it does", box=None, pad_edge=False)
+    for info in shipped_recipes():
+        table.add_row(info.name, info.about)
+    out.print(table)
+
+
+@app.command()
+def backbones() -> None:
+    """List the backbones by name, and the tasks that come with the project."""
+    from rich.table import Table
+
+    from probe.backbones import known_backbones
+    from probe.data import tasks
+
+    table = Table("backbone", "layers", "width", "vocabulary", "what it is", box=None, pad_edge=False)
+    for info in known_backbones():
+        table.add_row(info.name, str(info.layers), str(info.width), str(info.vocabulary), info.about)
+    out.print(table)
+    out.print("\nAny folder or Hub id with a checkpoint in one of these layouts works as well.")
+    out.print("Tasks: " + ", ".join(tasks()))
+
+
+@app.command()
+def sites(backbone: Annotated[str, typer.Argument(help="Name, folder or Hub id.")] = "miniature") -> None:
+    """Show where probes can attach, and the module behind each place."""
+    from probe.views.sites import render_sites
+
+    out.print(render_sites(backbone))
+
+
+@app.command()
+def show(
+    trace: Annotated[Path, typer.Argument(help="A trace file, complete or partial.")],
+    variable: Annotated[str | None, typer.Argument(help="One of its variables.")] = None,
+    sample: Annotated[str | None, typer.Option(help="3, or 3..5")] = None,
+    step: Annotated[str | None, typer.Option(help="4, or 4..8")] = None,
+    layer: Annotated[str | None, typer.Option(help="2, or 0..3")] = None,
+    head: Annotated[str | None, typer.Option(help="0, or 0..3")] = None,
+    mean: Annotated[list[str] | None, typer.Option(help="Average over this axis.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the selection as CSV.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the selection as JSON.")] = False,
+) -> None:
+    """Show what a trace holds, or one variable of it."""
+    from probe.trace import open_trace
+    from probe.views import terminal
+
+    with open_trace(trace) as opened:
+        if variable is None:
+            out.print(terminal.render_summary(opened))
+            return
+        picked = {"sample": sample, "step": step, "layer": layer, "head": head}
+        if as_csv or as_json:
+            write = terminal.to_csv if as_csv else terminal.to_json
+            sys.stdout.write(write(opened, variable, **picked, mean=tuple(mean or ())))
+            return
+        out.print(terminal.render_variable(opened, variable, **picked, mean=tuple(mean or ())))
+
+
+@app.command()
+def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None:
+    """Check a trace's checksums."""
+    from probe.trace import verify as problems_of
+
+    problems = problems_of(trace)
+    for problem in problems:
+        err.print(problem, highlight=False, markup=False)
+    if problems:
+        raise typer.Exit(1)
+    out.print(f"{trace}: intact")
+
+
+def _load(recipe: str, sets: list[str] | None, *, backbone: str | None = None, data: str | None = None) -> Recipe:
+    from probe.recipe import load_recipe, parse_recipe
+
+    overrides = list(sets or ())
+    if recipe.endswith((".h5", ".h5.partial")):
+        from probe.trace import open_trace
+
+        with open_trace(Path(recipe)) as trace:
+            loaded = parse_recipe(trace.header.recipe_yaml, source=recipe, sets=overrides)
+    else:
+        loaded = load_recipe(recipe, overrides)
+    if backbone is not None:
+        loaded = loaded.model_copy(update={"backbone": backbone})
+    if data is not None:
+        source = {"task": None, "file": data} if data.endswith((".jsonl", ".json")) or Path(data).exists() else {
+            "task": data, "file": None,
+        }
+        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=source)})
+    return loaded
+
+
+class _Display:
+    """A progress bar on the terminal: which sample, which side, which step."""
+
+    def __init__(self, name: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+        )
+        self._name = name
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        self._task = self._bar.add_task(f"{self._name}: loading", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, at: Progress) -> None:
+        if self._task is not None:
+            self._bar.update(
+                self._task,
+                completed=at.sample,
+                total=at.total,
+                description=f"sample {at.sample} · {at.side} · step {at.step}/{at.steps}",
+            )
+
+
+def _report(result: RunResult) -> None:
+    from probe.views.table import render_table
+
+    for note in result.notes:
+        err.print(f"[yellow]note:[/] {note}", highlight=False)
+    out.print(render_table(result))
+
+
+def main() -> None:
+    """The console command: like `app`, with errors a user can act on printed in one message, exit status 2."""
+    try:
+        app()
+    except ProbeError as error:
+        err.print("[bold red]error:[/] ", end="")
+        err.print(str(error), highlight=False, markup=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        err.print("stopped; finished samples are in the partial trace: run the same command with --resume to go on")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

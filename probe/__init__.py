@@ -1,0 +1,45 @@
+"""probe: hook-based instrumentation of discrete-diffusion multimodal language models.
+
+The public names; each is imported when it is first used, so that `import probe` and `probe --help` are quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probe.backbones import load as load
+    from probe.data import from_image as from_image
+    from probe.data import from_jsonl as from_jsonl
+    from probe.errors import ProbeError as ProbeError
+    from probe.probe_code import code_probe as code_probe
+    from probe.recipe import load_recipe as load_recipe
+    from probe.recipe import parse_recipe as parse_recipe
+    from probe.runner import run as run
+    from probe.trace import open_trace as open
+
+_PUBLIC = {
+    "ProbeError": "probe.errors:ProbeError",
+    "code_probe": "probe.probe_code:code_probe",
+    "from_image": "probe.data:from_image",
+    "from_jsonl": "probe.data:from_jsonl",
+    "load": "probe.backbones:load",
+    "load_recipe": "probe.recipe:load_recipe",
+    "open": "probe.trace:open_trace",
+    "parse_recipe": "probe.recipe:parse_recipe",
+    "run": "probe.runner:run",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module `probe` has no attribute `{name}`; public names: {', '.join(__all__)}")
+    module, attribute = _PUBLIC[name].split(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

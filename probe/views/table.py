@@ -1,0 +1,72 @@
+"""The table that ends a run."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from probe.runner import RunResult
+
+
+def flops_text(value: float) -> str:
+    """`1.23 GFLOP` and the like; a dash where nothing is known."""
+    if math.isnan(value):
+        return "-"
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}FLOP"
+    return f"{value:.0f} FLOP"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _ratio(value: float, base: float) -> str:
+    known = not (math.isnan(value) or math.isnan(base)) and base > 0
+    return f" (x{value / base:.2f})" if known else ""
+
+
+def render_table(result: RunResult) -> RenderableType:
+    """Baseline against recipe, and where the traces are."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("run")
+    for name in ("n", "score", "agreement", "seconds/sample", "FLOPs/sample", "visual tokens", "kept"):
+        table.add_column(name, justify="right")
+    base = result.rows[0]
+    for row in result.rows:
+        interval = "" if math.isnan(row.score_half_width) else f" ±{row.score_half_width:.3f}"
+        first = row is base
+        table.add_row(
+            row.label,
+            str(row.n),
+            _number(row.score) + interval,
+            "" if first and len(result.rows) > 1 else _number(row.agreement),
+            _number(row.seconds) + ("" if first else _ratio(row.seconds, base.seconds)),
+            flops_text(row.flops) + ("" if first else _ratio(row.flops, base.flops)),
+            _number(row.visual_tokens, 1),
+            "-" if math.isnan(row.retention) else f"{row.retention:.0%}",
+        )
+    lines: list[RenderableType] = [
+        table,
+        Text(
+            "score: mean ± half of its 95% interval · agreement: answer tokens equal to the unpruned run's · "
+            "seconds: nothing recorded · visual tokens: mean over layers and steps",
+            style="dim",
+        ),
+    ]
+    if result.failed:
+        lines.append(Text(f"{result.failed} of {result.samples} samples failed; the trace says why", style="bold red"))
+    where = [f"trace: {result.trace}"]
+    if result.baseline is not None:
+        where.append(f"baseline: {result.baseline}")
+    if result.picture is not None:
+        where.append(f"picture: {result.picture}")
+    lines += [Text(w) for w in where]
+    lines.append(Text(f"look: probe show {result.trace}", style="dim"))
+    return Group(*lines)
