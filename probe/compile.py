@@ -114,9 +114,7 @@ def compile_recipe(recipe: Recipe, facts: ModelFacts, *, vocabulary: Vocabulary 
 class _Compiler:
     """Compiles one probe of a recipe. Every method either returns what was asked or raises with its place."""
 
-    def __init__(
-        self, recipe: Recipe, facts: ModelFacts, words: Vocabulary, spec: ProbeSpec, path: KeyPath
-    ) -> None:
+    def __init__(self, recipe: Recipe, facts: ModelFacts, words: Vocabulary, spec: ProbeSpec, path: KeyPath) -> None:
         self.recipe = recipe
         self.facts = facts
         self.words = words
@@ -164,9 +162,7 @@ class _Compiler:
             raise self.fail(f"there is no {registry.kind} `{part.name}`; {hint}", *path)
         return registry[part.name]
 
-    def call(
-        self, entry: Entry, part: Part, layers: int, *path: str | int, varies: bool = True
-    ) -> list[Call]:
+    def call(self, entry: Entry, part: Part, layers: int, *path: str | int, varies: bool = True) -> list[Call]:
         """The call of a part, once per layer of the probe."""
         params = {k: v for k, v in part.params.items() if k != "as" or entry.kind != "signal"}
         inside = (*path, part.name)
@@ -200,9 +196,7 @@ class _Compiler:
         spec, n = self.spec, len(layers)
         if self.site not in EDIT_SITES:
             allowed = ", ".join(f"`{s}`" for s in EDIT_SITES)
-            raise self.fail(
-                f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site"
-            )
+            raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
         assert spec.do is not None
         operation = self.entry(self.words.operations, spec.do, "do")
         selected = spec.select
@@ -240,7 +234,7 @@ class _Compiler:
             raise self.fail(f"the selection `{selection.name}` needs a `score` with {need}", "select")
         for kind in {_kind(score.entry, params) for params in score.variants}:
             if kind not in kinds:
-                gives = pairs if kind == "pairwise" else single
+                gives = (pairs if kind == "pairwise" else single).split(" (")[0]
                 raise self.fail(
                     f"the selection `{selection.name}` needs {need}, but `{score.entry.name}` gives {gives} here",
                     "score",

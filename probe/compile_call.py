@@ -101,9 +101,7 @@ def _timeline(entry: Entry, name: str, value: Any, index: int, layers: int, *pat
     line: _Timeline = []
     for key, item in value.items():
         if not _is_share(key):
-            raise Wrong(
-                f"a schedule's keys are shares of the steps such as 0% or 50%, not `{key}`", *here, key
-            )
+            raise Wrong(f"a schedule's keys are shares of the steps such as 0% or 50%, not `{key}`", *here, key)
         share = _share(key, *here)
         if line and share <= line[-1][0]:
             raise Wrong(

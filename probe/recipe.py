@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -59,12 +59,10 @@ VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 class Recipe(BaseModel):
     """A whole recipe, checked, with every `$dial` replaced by its value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     schema_: Literal[1] = Field(alias="schema")
-    name: str = Field(
-        max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_ .+=@,-]*(/[A-Za-z0-9_][A-Za-z0-9_ .+=@,-]*)*$"
-    )
+    name: str = Field(max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_ .+=@,-]*(/[A-Za-z0-9_][A-Za-z0-9_ .+=@,-]*)*$")
     about: str | None = None
     paper: str | None = None
     dial: dict[str, Any] = {}
@@ -103,9 +101,7 @@ class Recipe(BaseModel):
             for j, part in enumerate(probe.record or ()):
                 path = ("probes", i, "record", j)
                 if not VARIABLE.fullmatch(part.variable) or part.variable in AXES:
-                    raise Wrong(
-                        f"`{part.variable}` cannot name a variable of the trace; rename it with `as`", *path
-                    )
+                    raise Wrong(f"`{part.variable}` cannot name a variable of the trace; rename it with `as`", *path)
                 if part.variable in variables:
                     other = variables[part.variable]
                     hint = f"give one of them another name: {{{part.name}: {{as: another_name}}}}"
@@ -126,7 +122,7 @@ class Recipe(BaseModel):
         return hash(self._canonical())
 
     def _canonical(self, *leave_out: str) -> str:
-        data = {k: v for k, v in self.model_dump(mode="json").items() if k not in leave_out}
+        data = {k: v for k, v in self.model_dump(mode="json", by_alias=True).items() if k not in leave_out}
         return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
     @property
@@ -146,6 +142,10 @@ class Recipe(BaseModel):
             document.data[key] = value
             document.put((key,), Document(value))
         return _build(document)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Recipe:
+        """As pydantic's, but an update is checked like a recipe, by `replace`."""
+        return self.replace(**update) if update else super().model_copy(deep=deep)
 
     def with_sets(self, sets: Sequence[str]) -> Recipe:
         """The recipe with dials or values changed as on the command line: `["keep=0.25", "generate.steps=8"]`."""
@@ -189,6 +189,11 @@ class Recipe(BaseModel):
     def line(self, path: KeyPath) -> int | None:
         """The line in which the value at `path` was written."""
         return self._document.place(path).line
+
+    @property
+    def dials_used(self) -> tuple[str, ...]:
+        """The dials that stand for a value somewhere in the recipe."""
+        return tuple(dict.fromkeys(self._refs.values()))
 
     def dial_at(self, path: KeyPath) -> str | None:
         """The dial that gave the value at `path`, if one did."""
@@ -245,9 +250,7 @@ def _dial_at(refs: dict[KeyPath, str], path: KeyPath) -> str | None:
     return next((refs[path[:n]] for n in range(len(path), 0, -1) if path[:n] in refs), None)
 
 
-def _fault(
-    document: Document, refs: dict[KeyPath, str], path: KeyPath, words: str, *, key: bool
-) -> ProbeError:
+def _fault(document: Document, refs: dict[KeyPath, str], path: KeyPath, words: str, *, key: bool) -> ProbeError:
     shown = [str(p) if isinstance(p, str) else f"[{p}]" for p in path]
     head = ""
     if path[:1] == ("probes",) and len(path) > 1:

@@ -31,6 +31,7 @@ TOP_KEYS = [
     )
 ]
 MAX_VALUES = 100_000
+_INSTEAD_OF = {"file": "task", "task": "file", "layer": "layers", "layers": "layer"}
 DIAL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -45,9 +46,7 @@ def apply_sets(document: Document, sets: Iterable[str]) -> None:
         part = read_yaml(value.strip() or "~", source)
         part.values = {p: Place(source) for p in part.values}
         part.keys = {p: Place(source) for p in part.keys}
-        if len(path) == 1 and (
-            path[0] not in ("backbone", "name") or path[0] in (document.data.get("dial") or {})
-        ):
+        if len(path) == 1 and (path[0] not in ("backbone", "name") or path[0] in (document.data.get("dial") or {})):
             path = ("dial", path[0])
         _put(document, path, part, source)
 
@@ -66,17 +65,18 @@ def _put(document: Document, path: KeyPath, part: Document, source: str) -> None
     if path[0] not in TOP_KEYS or path[0] in ("schema", "include"):
         known = [k for k in TOP_KEYS if k not in ("schema", "include")]
         raise ProbeError(f"{source}: the recipe has no `{path[0]}` to set; {nearest(str(path[0]), known)}")
-    data, done = document.data, ()
+    data: Any = document.data
+    done: KeyPath = ()
     for i, step in enumerate(path):
         last = i == len(path) - 1
         if isinstance(data, list):
             step = _index(data, str(step), source)
         elif not isinstance(data, dict):
-            raise ProbeError(
-                f"{source}: `{'.'.join(map(str, path[:i]))}` is {describe(data)} and holds no `{step}`"
-            )
+            raise ProbeError(f"{source}: `{'.'.join(map(str, path[:i]))}` is {describe(data)} and holds no `{step}`")
         done = (*done, step)
         if last:
+            if isinstance(data, dict):  # setting one of two that exclude each other takes the place of the other
+                data.pop(_INSTEAD_OF.get(str(step), ""), None)
             data[step] = part.data
         elif isinstance(data, dict) and data.get(step) is None:
             data[step] = {}
@@ -136,9 +136,7 @@ def substitute(data: dict[str, Any]) -> tuple[dict[str, Any], dict[KeyPath, str]
                 refs[path] = value[1:]
                 room -= sizes[value[1:]]
                 if room < 0:
-                    raise Wrong(
-                        f"the dials unfold to more than {MAX_VALUES} values, which no recipe needs", *path
-                    )
+                    raise Wrong(f"the dials unfold to more than {MAX_VALUES} values, which no recipe needs", *path)
                 return dials[value[1:]]
         return value
 

@@ -118,17 +118,10 @@ class _Includes:
         _check_top(document)
         here = (*stack, file.resolve()) if file else stack
         parts = [self.load(name, place, file, here) for name, place in _included(document)]
-        merged = Document(
-            {k: v for k, v in document.data.items() if k != "include"}, document.values, document.keys
-        )
+        merged = Document({k: v for k, v in document.data.items() if k != "include"}, document.values, document.keys)
         self._dials(merged, [p for p in parts if p.data.get("dial")])
         if any(part.data.get("probes") for part in parts):
-            items = [
-                item
-                for part in [*parts, document]
-                if part.data.get("probes")
-                for item in part.items(("probes",))
-            ]
+            items = [item for part in [*parts, document] if part.data.get("probes") for item in part.items(("probes",))]
             whole = list_of(items, document.place(("probes",)))
             merged.data["probes"] = whole.data
             merged.put(("probes",), whole)
@@ -137,9 +130,7 @@ class _Includes:
     def load(self, name: str, place: Place, file: Path | None, stack: tuple[Path, ...]) -> Document:
         path = self.find(name, place, file)
         if path.resolve() in stack:
-            raise ProbeError(
-                f"{place}: includes `{name}`, which includes this recipe again; break the circle"
-            )
+            raise ProbeError(f"{place}: includes `{name}`, which includes this recipe again; break the circle")
         if path.resolve() in self.seen:
             return Document({})
         self.seen.add(path.resolve())
@@ -153,20 +144,14 @@ class _Includes:
         if file is not None and self.root is not None:
             path = file.resolve().parent / name
             if _is_file(path):
-                inside = any(
-                    path.resolve().is_relative_to(top) for top in (self.root, recipe_folder().resolve())
-                )
+                inside = any(path.resolve().is_relative_to(top) for top in (self.root, recipe_folder().resolve()))
                 if not inside:
-                    raise ProbeError(
-                        f"{place}: `{name}` lies outside the recipe's folder; includes stay within it"
-                    )
+                    raise ProbeError(f"{place}: `{name}` lies outside the recipe's folder; includes stay within it")
                 return path
         if ".." not in Path(name).parts and (found := _shipped_named(name)):
             return found
         close = nearest(re.sub(r"\.ya?ml$", "", name), sorted(_shipped()))
-        raise ProbeError(
-            f"{place}: includes `{name}`, but there is no such file and no such shipped recipe; {close}"
-        )
+        raise ProbeError(f"{place}: includes `{name}`, but there is no such file and no such shipped recipe; {close}")
 
     @staticmethod
     def _dials(merged: Document, parts: list[Document]) -> None:
@@ -202,11 +187,7 @@ def _check_top(document: Document) -> None:
     for key in data:
         if key not in TOP_KEYS:
             fail((key,), f"unknown key `{key}`; {nearest(key, TOP_KEYS)}", key=True)
-    if (
-        data.get("schema") != 1
-        or not isinstance(data.get("schema"), int)
-        or isinstance(data.get("schema"), bool)
-    ):
+    if data.get("schema") != 1 or not isinstance(data.get("schema"), int) or isinstance(data.get("schema"), bool):
         said = f", but is {describe(data['schema'])}" if "schema" in data else " and is missing"
         fail(("schema",), f"`schema` should be 1 (this program reads no other){said}")
     for key, kind in (("dial", dict), ("probes", list)):
@@ -227,9 +208,7 @@ def _included(document: Document) -> list[tuple[str, Place]]:
     value = document.data.get("include")
     names = [value] if isinstance(value, str) else value or []
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise ProbeError(
-            f"{document.place(('include',))}: `include` should be a list of recipe files or names"
-        )
+        raise ProbeError(f"{document.place(('include',))}: `include` should be a list of recipe files or names")
     for i, name in enumerate(names):
         if name in names[:i]:
             raise ProbeError(f"{document.place(('include', i))}: includes `{name}` twice")

@@ -49,9 +49,7 @@ class Part(BaseModel):
             return {"name": name, "params": params or {}}
         if isinstance(value, dict) and len(value) > 1:
             raise Wrong(f"names {len(value)} things ({', '.join(map(str, value))}); one belongs here")
-        raise Wrong(
-            f"should be a name, or a name with parameters {{name: {{...}}}}, but is {describe(value)}"
-        )
+        raise Wrong(f"should be a name, or a name with parameters {{name: {{...}}}}, but is {describe(value)}")
 
     @model_serializer
     def _spell(self) -> Any:

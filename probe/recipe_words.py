@@ -39,9 +39,7 @@ def names_of(model: type[BaseModel]) -> list[str]:
 def check_keys(model: type[BaseModel], data: Any) -> None:
     """Raise `Wrong` when a mapping is not one or has a key that the model does not know."""
     if not isinstance(data, dict):
-        raise Wrong(
-            f"should be a mapping with the keys {', '.join(names_of(model))}, but is {describe(data)}"
-        )
+        raise Wrong(f"should be a mapping with the keys {', '.join(names_of(model))}, but is {describe(data)}")
     for key in data:
         if key not in names_of(model):
             raise Wrong(f"unknown key `{key}`; {nearest(key, names_of(model))}", key)
@@ -116,6 +114,8 @@ def _sentence(item: Any, value: Any) -> str:
         hint = ""
         if bare == "bool" and str(value).lower() in ("yes", "no", "on", "off"):
             hint = " (yes, no, on and off are words here)"
+        if bare == "string" and isinstance(value, int | float):
+            hint = "; put it in quotes"
         return f"should be {_WANTED[bare]}, but is {describe(value)}{hint}"
     words = {
         "greater_than": "more than {gt}",

@@ -105,9 +105,7 @@ def read_yaml(text: str | bytes, source: str) -> Document:
         try:
             text = text.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ProbeError(
-                f"{source}: not UTF-8 text (byte {error.start}); a recipe is a YAML text file"
-            ) from None
+            raise ProbeError(f"{source}: not UTF-8 text (byte {error.start}); a recipe is a YAML text file") from None
     text = text.removeprefix("\ufeff")
     try:
         return _Reader(text, source).read()
@@ -185,9 +183,7 @@ class _Reader:
             value = self.scalar(event)
             if value is None or isinstance(value, bool):
                 self.fail(event, f"`{event.value}` cannot be a key; quote it if it is meant as a word")
-            key: str = (
-                value if isinstance(value, str) else event.value
-            )  # numbers (in schedules) stay as written
+            key: str = value if isinstance(value, str) else event.value  # numbers (in schedules) stay as written
             if key in items:
                 first = self.document.keys[(*path, key)].line
                 self.fail(event, f"the key `{key}` stands twice (first in line {first}); keep one of them")
@@ -198,9 +194,7 @@ class _Reader:
     def scalar(self, event: Any) -> Any:
         text: str = event.value
         if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
-            self.fail(
-                event, "the text holds a character that no file can hold (NUL or half of a surrogate pair)"
-            )
+            self.fail(event, "the text holds a character that no file can hold (NUL or half of a surrogate pair)")
         tag = (event.tag or "").removeprefix("tag:yaml.org,2002:")
         if tag in ("!", "str") or (not tag and event.style is not None):
             return text
@@ -234,9 +228,7 @@ def plain_scalar(text: str) -> bool | int | float | str | None:
     if _INT.fullmatch(text):
         digits = text.lstrip("+-")
         if len(digits) > 1 and digits.startswith("0"):
-            raise ValueError(
-                f"`{text}` starts with a zero; write the number without it, or quote it if it is a word"
-            )
+            raise ValueError(f"`{text}` starts with a zero; write the number without it, or quote it if it is a word")
         if len(digits) > 19 or abs(int(text)) > MAX_INT:
             raise ValueError("a whole number beyond 64 bits")
         return int(text)
@@ -270,12 +262,5 @@ _Dumper.add_implicit_resolver(
 
 def dump_yaml(data: Any) -> str:
     """Plain data as YAML that `read_yaml` reads back as the same data; short mappings and lists stay on one line."""
-    return yaml.dump(
-        data,
-        Dumper=_Dumper,
-        sort_keys=False,
-        default_flow_style=None,
-        width=110,
-        allow_unicode=True,
-        indent=2,
-    )
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+    return text
