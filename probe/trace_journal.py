@@ -2,9 +2,11 @@
 
 HDF5 updates a file in place, in many separate writes: a process killed between two of them leaves a file that may not
 open. `JournaledFile` is the file-like object that the trace is written through instead. Everything since the last
-`commit` stays in memory as changed pages; `commit` first appends those pages to a *journal* beside the file (length
-and checksum at the front, so that a torn tail is recognised), then copies them to their places. Whatever moment the
-process dies at, "file + complete transactions of the journal" is the state after some commit.
+`commit` stays in memory as changed pages; `commit` appends those pages to a *journal* beside the file (length and
+checksum at the front, so that a torn tail is recognised). About once a second the journal is synced to the disk and
+then its pages are copied to their places. Whatever moment the process dies at, "file + complete transactions of the
+journal" is the state after its last commit; if the machine loses power, it is the state after some commit of the
+last second, since no page is in its place before the journal is on the disk.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,13 +75,16 @@ class JournaledFile:
     """
 
     checkpoint_bytes = 16 << 20  # how large the journal may grow before the main file is synced and it starts anew
+    sync_seconds = 1.0  # how long a commit may wait for the disk
 
     def __init__(self, main: BinaryIO, journal_path: Path | None = None, token: bytes = b"\0" * TOKEN_BYTES) -> None:
         self._main = main
         self._journal_path = journal_path
         self._journal: BinaryIO | None = None
         self._token = token
-        self._pages: dict[int, bytearray] = {}
+        self._pages: dict[int, bytearray] = {}  # changed since the last commit
+        self._logged: dict[int, bytearray] = {}  # in the journal, not yet in its place
+        self._synced = -self.sync_seconds
         self._position = 0
         self._size = self._main_size = os.fstat(main.fileno()).st_size
 
@@ -102,9 +108,9 @@ class JournaledFile:
         data = self._main.read(count)
         out[: len(data)] = data
         out[len(data) : count] = bytes(count - len(data))
-        if self._pages:
+        if self._pages or self._logged:
             for page in range(start // PAGE, (start + count + PAGE - 1) // PAGE):
-                changed = self._pages.get(page)
+                changed = self._pages.get(page) or self._logged.get(page)
                 if changed is not None:
                     a, b = max(start, page * PAGE), min(start + count, (page + 1) * PAGE)
                     out[a - start : b - start] = changed[a - page * PAGE : b - page * PAGE]
@@ -137,7 +143,7 @@ class JournaledFile:
         """Set the length of the file."""
         self._size = self._position if size is None else size
         for page in [p for p in self._pages if p * PAGE >= self._size]:
-            del self._pages[page]
+            del self._pages[page]  # what `_logged` or the file hold there is beyond the end, and is never read
         return self._size
 
     def flush(self) -> None:
@@ -145,15 +151,18 @@ class JournaledFile:
 
     def _page(self, page: int) -> bytearray:
         if page not in self._pages:
-            self._main.seek(page * PAGE)
-            self._pages[page] = bytearray(self._main.read(PAGE).ljust(PAGE, b"\0"))
+            if page in self._logged:
+                self._pages[page] = bytearray(self._logged[page])
+            else:
+                self._main.seek(page * PAGE)
+                self._pages[page] = bytearray(self._main.read(PAGE).ljust(PAGE, b"\0"))
         return self._pages[page]
 
     # ---------------------------------------------------------------- transactions
 
     def overlay(self, pages: dict[int, bytearray], size: int) -> None:
         """See the file as if these pages were in it (read-only use of a file that needs its journal)."""
-        self._pages, self._size = dict(pages), size
+        self._logged, self._size = dict(pages), size
 
     def recover(self) -> None:
         """Bring complete transactions of a journal left by a killed process into the file; then start it anew."""
@@ -162,40 +171,51 @@ class JournaledFile:
             with open(self._journal_path, "rb") as journal:
                 found = read_journal(journal, self._main)
             if found is not None:
-                self._pages, self._size = found
+                self._logged, self._size = found
                 self._apply()
                 os.fsync(self._main.fileno())
 
     def commit(self) -> None:
         """Make everything since the last commit last. On OSError (disk full) the file keeps its previous state."""
         assert self._journal_path is not None
-        if not self._pages and self._size == self._main_size:
-            return
-        if self._journal is None:
-            self._journal = open(self._journal_path, "w+b", buffering=0)  # noqa: SIM115 (lives as long as we do)
-            self._journal.write(_HEADER.pack(_MAGIC, self._token))
-        journal = self._journal
+        if self._pages or self._size != self._main_size:
+            if self._journal is None:
+                self._journal = open(self._journal_path, "w+b", buffering=0)  # noqa: SIM115 (lives as long as we do)
+                self._journal.write(_HEADER.pack(_MAGIC, self._token))
+            with self._commit_lock():
+                self._log(self._journal)
+                late = time.monotonic() - self._synced >= self.sync_seconds
+                if late or self._journal.tell() > self.checkpoint_bytes:
+                    self._checkpoint(self._journal)
+
+    def _log(self, journal: BinaryIO) -> None:
+        """Append what changed to the journal, as one transaction."""
         numbers = sorted(self._pages)
         body = b"".join([struct.pack(f"<{len(numbers)}Q", *numbers), *(self._pages[n] for n in numbers)])
         data = _TRANSACTION.pack(_BEGIN, len(numbers), self._size, zlib.crc32(body)) + body
         before, size_before = journal.tell(), self._main_size
-        with self._commit_lock():
-            try:
-                self._reserve()
-                written = 0
-                while written < len(data):
-                    written += journal.write(data[written:])
-                os.fsync(journal.fileno())
-            except OSError:
-                with contextlib.suppress(OSError):
-                    journal.truncate(before)
-                    os.ftruncate(self._main.fileno(), size_before)
-                raise
-            self._apply()
-            if journal.tell() > self.checkpoint_bytes:
-                os.fsync(self._main.fileno())
-                journal.seek(_HEADER.size)
-                journal.truncate(_HEADER.size)
+        try:
+            self._reserve()
+            _write_all(journal, data)
+        except OSError:
+            with contextlib.suppress(OSError):
+                journal.truncate(before)
+                journal.seek(before)
+                os.ftruncate(self._main.fileno(), size_before)
+            raise
+        self._logged.update(self._pages)
+        self._pages.clear()
+        self._main_size = self._size
+
+    def _checkpoint(self, journal: BinaryIO) -> None:
+        """The journal to the disk, then its pages to their places."""
+        os.fsync(journal.fileno())
+        self._apply()
+        self._synced = time.monotonic()
+        if journal.tell() > self.checkpoint_bytes:
+            os.fsync(self._main.fileno())
+            journal.seek(_HEADER.size)
+            journal.truncate(_HEADER.size)
 
     def _reserve(self) -> None:
         """Claim the disk space of a longer file before anything is promised, so that copying cannot run out of it."""
@@ -207,23 +227,19 @@ class JournaledFile:
                     raise
 
     def _apply(self) -> None:
-        """Copy changed pages to their places, page 0 last (see `read_journal`)."""
-        main, pages = self._main, self._pages
+        """Copy logged pages to their places, page 0 last (see `read_journal`)."""
+        main, pages = self._main, self._logged
         if os.fstat(main.fileno()).st_size != self._size:
             os.ftruncate(main.fileno(), self._size)
-        numbers = sorted(pages)
         runs: list[list[int]] = []
-        for n in numbers:
+        for n in sorted(n for n in pages if n * PAGE < self._size):
             if runs and runs[-1][-1] == n - 1:
                 runs[-1].append(n)
             else:
                 runs.append([n])
         for run in reversed(runs):
             main.seek(run[0] * PAGE)
-            data = b"".join(pages[n] for n in run)[: self._size - run[0] * PAGE]
-            written = 0
-            while written < len(data):
-                written += main.write(data[written:])
+            _write_all(main, b"".join(pages[n] for n in run)[: self._size - run[0] * PAGE])
         pages.clear()
         self._main_size = self._size
 
@@ -242,9 +258,17 @@ class JournaledFile:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._journal, fcntl.LOCK_UN)
 
+    def settle(self) -> None:
+        """Bring what was committed to its place now; what was not is forgotten."""
+        if self._journal is not None:
+            self._pages.clear()
+            with self._commit_lock():
+                self._checkpoint(self._journal)
+
     def finish(self) -> None:
         """After the last commit: sync the file and remove the journal, which is not needed any more."""
         assert self._journal_path is not None
+        self.settle()
         os.fsync(self._main.fileno())
         self.close()
         self._journal_path.unlink(missing_ok=True)
@@ -254,6 +278,13 @@ class JournaledFile:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """Unbuffered files may take a part only."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 # -------------------------------------------------------------------- who may write

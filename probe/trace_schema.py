@@ -206,6 +206,19 @@ def check_array(variable: Variable, array: Any, where: str) -> np.ndarray:
     return stored
 
 
+def check_declarations(variables: Sequence[Variable], coords: Mapping[str, Sequence[str]], where: str) -> None:
+    """Refuse variables, axes and extents that would need one name."""
+    names = [v.name for v in variables]
+    axes = {axis for v in variables for axis in v.dims} | set(coords)
+    extents = {f"n_{axis}" for axis in axes - set(coords)}
+    twice = [n for n in names if names.count(n) > 1]
+    clash = sorted({n for n in names if n in axes | extents} | (axes & RESERVED) | set(twice))
+    if clash:
+        raise ProbeError(
+            f"{where}: `{clash[0]}` is the name of two things (variables, axes, the extents n_AXIS); rename one"
+        )
+
+
 def extents_of(
     arrays: Mapping[str, np.ndarray],
     variables: Mapping[str, Variable],
@@ -247,3 +260,26 @@ def describe(variable: Variable) -> list[Any]:
         variable.name, list(variable.dims), variable.dtype, variable.units, variable.long_name, variable.formula,
         variable.probe, repr(float(variable.fill_value)), flags,
     ]  # fmt: skip
+
+
+def differences(
+    old: TraceHeader, old_variables: Iterable[Variable], new: TraceHeader, new_variables: Iterable[Variable]
+) -> list[str]:
+    """Why samples of two runs cannot stand in one file, one phrase each. No variables at all differ from none."""
+    found = [
+        f"{name} was `{getattr(old, name)}` and is now `{getattr(new, name)}`"
+        for name in ("recipe_hash", "backbone", "weights_revision", "dtype")
+        if getattr(old, name) != getattr(new, name)
+    ]
+    for axis in sorted({*old.coords, *new.coords}):
+        was, now = list(old.coords.get(axis, ())), list(new.coords.get(axis, ()))
+        if was != now:
+            found.append(f"axis `{axis}` was {was} and is now {now}")
+    a, b = {v.name: describe(v) for v in old_variables}, {v.name: describe(v) for v in new_variables}
+    for name in sorted({*a, *b}) if a else ():
+        if name not in a or name not in b:
+            found.append(f"variable `{name}` is {'new' if name in b else 'gone'}")
+        elif a[name] != b[name]:
+            was, now = next((x, y) for x, y in zip(a[name], b[name], strict=True) if x != y)
+            found.append(f"variable `{name}` was declared with `{was}` and is now with `{now}`")
+    return found

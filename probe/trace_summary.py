@@ -93,7 +93,7 @@ def problems(trace: Trace, rows: Iterable[int] | None = None) -> list[str]:
     """What differs from what was written: header, and per sample the numbers, texts, picture and padding."""
     found: list[str] = []
     stored = trace.attrs.get("header_crc32")
-    declared = [v for n, v in trace.variables.items() if n != "score"]
+    declared = trace.declared()
     if stored is None:
         found.append(f"{trace.path.name}: the header has no checksum")
     elif declared and stored != header_crc(trace.attrs, trace.coords, declared):
