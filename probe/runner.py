@@ -161,8 +161,7 @@ def run(
     timed = recipe.run.time if timed is None else timed
     source: Iterator[data.Sample | ProbeError] = iter(samples[:limit]) if samples is not None else samples_of(recipe, limit)
     total = len(samples[:limit]) if samples is not None else (limit or recipe.data.limit)
-    folder = Path(out) if out is not None else Path("runs") / recipe.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(recipe.name, out, resume=resume)
 
     def side(label: str, r: Recipe, path: Path) -> _Side:
         return _Side(
@@ -208,6 +207,11 @@ def run(
         if count == 0:
             raise ProbeError(f"there are no samples in {started.data.source}")
     rows = summarise([s.path for s in sides], [s.label for s in sides])
+    if intervenes and rows[-1].untouched:
+        notes.append(
+            f"{rows[-1].untouched} of {rows[-1].n} samples kept every visual token: they ended before the intervention "
+            "began, or it removes nothing"
+        )
     return RunResult(
         trace=sides[-1].path,
         baseline=sides[0].path if with_baseline else None,
@@ -216,6 +220,25 @@ def run(
         samples=count,
         notes=tuple(notes),
     )
+
+
+def output_folder(name: str, out: str | Path | None, *, resume: bool) -> Path:
+    """The folder of a run, made if need be: `out`, else `runs/NAME`, or `runs/NAME-2` ... where that is taken.
+
+    Finished traces are never replaced. `resume` goes back to the last of those folders.
+    """
+    if out is None:
+        first = Path("runs") / name.replace("/", "-")
+        tried = [first, *(first.with_name(f"{first.name}-{i}") for i in range(2, 10_000))]
+        free = next(i for i, folder in enumerate(tried) if not folder.exists())
+        folder = tried[max(free - 1, 0)] if resume else tried[free]
+    else:
+        folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(f"cannot make the folder {folder} for the traces: {error.strerror}; name another with --out") from None
+    return folder
 
 
 def _one_sample(

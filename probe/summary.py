@@ -17,7 +17,8 @@ class Row:
     """One line of the table. Means over the samples that did not fail; NaN where nothing is known.
 
     `seconds` is wall time per sample with nothing recorded; `flops` executed FLOPs per sample; `visual_tokens` the
-    mean over layers and steps (so the trajectory average); `retention` the same as a share of the original.
+    mean over layers and steps (so the trajectory average); `retention` the same as a share of the original;
+    `untouched` counts the samples with pictures that kept every visual token to the end.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Row:
     flops: float
     visual_tokens: float
     retention: float
+    untouched: int
 
 
 def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:
@@ -37,33 +39,28 @@ def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:
     reference: dict[int, str] = {}
     for i, (path, label) in enumerate(zip(paths, labels, strict=True)):
         with open_trace(path) as trace:
-            scores, seconds, flops, tokens, retention, agreed = [], [], [], [], [], []
-            for row in range(trace.n_samples):
-                record = trace.record(row)
-                if record.failed:
-                    continue
-                if i == 0:
-                    reference[record.sample] = record.prediction
-                elif record.sample in reference:
-                    agreed.append(agreement(reference[record.sample], record.prediction))
-                scores.append(record.score)
-                seconds.append(float(record.arrays["seconds_unrecorded"]))
-                flops.append(float(record.arrays["flops_total"]))
-                counts = record.arrays["visual_tokens"]
-                original = record.arrays["visual_role"].shape[0]
-                tokens.append(float(counts.mean()) if counts.size else np.nan)
-                retention.append(tokens[-1] / original if original else np.nan)
+            samples, failed, texts = trace.array("sample"), trace.array("failed"), trace.array("prediction")
+            ran = [k for k in range(trace.n_samples) if not failed[k]]
+            predictions = {int(samples[k]): str(texts[k]) for k in ran}
+            reference = reference if i else predictions
+            agreed = [agreement(reference[n], text) for n, text in predictions.items() if n in reference]
+            tokens = [float(trace.row("visual_tokens", k).mean()) for k in ran]
+            original = [trace.extents(k)["visual"] for k in ran]
+            retention = [t / n if n else np.nan for t, n in zip(tokens, original, strict=True)]
+            scores = trace.array("score")[ran].tolist()
+            seconds, flops = (trace.array(name)[ran].tolist() for name in ("seconds_unrecorded", "flops_total"))
         rows.append(
             Row(
                 label=label,
                 n=len(scores),
                 score=_mean(scores),
                 score_half_width=_half_width(scores),
-                agreement=_mean(agreed) if i else (1.0 if scores else np.nan),
+                agreement=_mean(agreed),
                 seconds=_mean(seconds),
                 flops=_mean(flops),
                 visual_tokens=_mean(tokens),
                 retention=_mean(retention),
+                untouched=sum(r == 1.0 for r in retention),
             )
         )
     return tuple(rows)

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
+from probe.attend import KERNELS
 from probe.backbones import llada_v_config as names
 from probe.backbones import prompt as text
 from probe.backbones.anyres import Geometry, Tiling
@@ -44,7 +45,7 @@ from probe.errors import ProbeError
 from probe.site import ModelFacts, Role
 
 ATTENTION = "sdpa"
-"""The attention implementation when none is asked for."""
+"""The attention kernel when none is asked for."""
 
 
 class LladaV(Backbone):
@@ -113,7 +114,7 @@ class LladaV(Backbone):
             what = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows"
             raise ProbeError(f"{checkpoint.folder}: {what}")
         kept = len(tokenizer) if tokenizer is not None and vocab == "tokenizer" else rows
-        kind = attention or ATTENTION
+        kind = KERNELS.get(attention or ATTENTION, attention)
         with torch.device("meta"):
             model = cls(
                 llama_config(config, kept, kind),

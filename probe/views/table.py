@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def flops_text(value: float) -> str:
-    """`1.23 GFLOP` and the like; a dash where nothing is known."""
+    """`1.23 G` and the like; a dash where nothing is known."""
     if math.isnan(value):
         return "-"
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value >= size:
-            return f"{value / size:.2f} {unit}FLOP"
-    return f"{value:.0f} FLOP"
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f}"
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -28,35 +28,38 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _ratio(value: float, base: float) -> str:
-    known = not (math.isnan(value) or math.isnan(base)) and base > 0
-    return f" (x{value / base:.2f})" if known else ""
+    known = not (math.isnan(value) or math.isnan(base)) and base > 0 and value > 0
+    return f"{value / base:.2f}x" if known else "-"
 
 
 def render_table(result: RunResult) -> RenderableType:
-    """Baseline against recipe, and where the traces are."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run")
-    for name in ("n", "score", "agreement", "seconds/sample", "FLOPs/sample", "visual tokens", "kept"):
-        table.add_column(name, justify="right")
+    """Baseline against recipe, and where the traces are. Fits 80 columns."""
     base = result.rows[0]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column("run", overflow="fold")
+    for name in ("n", "score", "agrees", "s/sample", "speed", "FLOPs", "of base", "visual tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
-        interval = "" if math.isnan(row.score_half_width) else f" ±{row.score_half_width:.3f}"
         first = row is base
+        alone = first and len(result.rows) > 1
+        interval = "" if math.isnan(row.score_half_width) else f"±{row.score_half_width:.2f}"
+        kept = "" if math.isnan(row.retention) else f" ({row.retention:.0%})"
         table.add_row(
             row.label,
             str(row.n),
             _number(row.score) + interval,
-            "" if first and len(result.rows) > 1 else _number(row.agreement),
-            _number(row.seconds) + ("" if first else _ratio(row.seconds, base.seconds)),
-            flops_text(row.flops) + ("" if first else _ratio(row.flops, base.flops)),
-            _number(row.visual_tokens, 1),
-            "-" if math.isnan(row.retention) else f"{row.retention:.0%}",
+            "" if alone else _number(row.agreement),
+            _number(row.seconds),
+            "" if first else _ratio(base.seconds, row.seconds),
+            flops_text(row.flops),
+            "" if first else _ratio(row.flops, base.flops),
+            _number(row.visual_tokens, 1) + kept,
         )
     lines: list[RenderableType] = [
         table,
         Text(
-            "score: mean ± half of its 95% interval · agreement: answer tokens equal to the unpruned run's · "
-            "seconds: nothing recorded · visual tokens: mean over layers and steps",
+            "score: mean and half of its 95% interval; agrees: share of answer tokens equal to the unpruned run's;\n"
+            "s/sample: with nothing recorded; visual tokens: mean over layers and steps",
             style="dim",
         ),
     ]
