@@ -118,6 +118,7 @@ class TraceWriter:
             self._main.truncate(0)
         self._file = JournaledFile(self._main, journal, self._token())
         undo.callback(self._file.close)
+        undo.callback(self._drop)
         try:
             self._file.recover()
             if not self._file.read(PAGE).strip(b"\0"):
@@ -225,6 +226,7 @@ class TraceWriter:
         """Declared variables, with chunks for samples of these extents (16 along an axis that is not known)."""
         assert self._h5 is not None
         h5 = self._h5
+        extents = {axis: len(names) for axis, names in self.header.coords.items()} | dict(extents)
         for axis in sorted({a for v in self.variables.values() for a in v.dims} - set(self.header.coords)):
             _bare_scale(h5, axis)
             count = _stacked(h5, f"n_{axis}", (), "<i4", 0)
@@ -366,12 +368,17 @@ class TraceWriter:
 
     def _abandon(self) -> None:
         """Let go of the partial file as it was after the last complete sample."""
-        if not self._closed and self._h5 is not None:
-            with contextlib.suppress(Exception):
-                self._h5.close()  # into memory: nothing reaches the disk without a commit
+        if not self._closed:
+            self._drop()
             with contextlib.suppress(OSError):
                 self._file.settle()
             self._release()
+
+    def _drop(self) -> None:
+        """Close what HDF5 has open, into memory: nothing reaches the disk without a commit."""
+        if self._h5 is not None:
+            with contextlib.suppress(Exception):
+                self._h5.close()
 
     def _release(self) -> None:
         self._closed = True

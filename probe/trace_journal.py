@@ -85,6 +85,7 @@ class JournaledFile:
         self._pages: dict[int, bytearray] = {}  # changed since the last commit
         self._logged: dict[int, bytearray] = {}  # in the journal, not yet in its place
         self._synced = -self.sync_seconds
+        self._closed = False
         self._position = 0
         self._size = self._main_size = os.fstat(main.fileno()).st_size
 
@@ -125,6 +126,8 @@ class JournaledFile:
     def write(self, data: bytes | memoryview) -> int:
         """Change bytes at the position, in memory only."""
         data = memoryview(data).cast("B")
+        if self._closed:  # HDF5 writes once more when the last reference to its file goes
+            return len(data)
         start, end = self._position, self._position + len(data)
         at = start
         while at < end:
@@ -275,6 +278,7 @@ class JournaledFile:
 
     def close(self) -> None:
         """Close the journal; uncommitted changes are forgotten. The main file belongs to the caller."""
+        self._closed = True
         if self._journal is not None:
             self._journal.close()
             self._journal = None
