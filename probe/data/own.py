@@ -78,9 +78,7 @@ def from_jsonl(path: str | Path) -> Iterator[Sample]:
     seen: dict[str, str] = {}
     for where, row in rows:
         if row["id"] in seen:
-            raise ProbeError(
-                f"{where}: the id {row['id']!r} was already used at {seen[row['id']]}; ids must differ"
-            )
+            raise ProbeError(f"{where}: the id {row['id']!r} was already used at {seen[row['id']]}; ids must differ")
         seen[row["id"]] = where
     return map(_sample, rows)  # a map goes on after an exception, a generator would not
 
@@ -94,9 +92,7 @@ def _checked(line: str, where: str, folder: Path, number: str) -> dict[str, Any]
             f"{where}: not JSON ({error.msg} at column {error.colno}); a line looks like {_EXAMPLE}"
         ) from None
     if not isinstance(row, dict):
-        raise ProbeError(
-            f"{where}: a JSON object is wanted, not {type(row).__name__}; a line looks like {_EXAMPLE}"
-        )
+        raise ProbeError(f"{where}: a JSON object is wanted, not {type(row).__name__}; a line looks like {_EXAMPLE}")
     for key in row:
         if key not in _FIELDS:
             raise ProbeError(f"{where}: unknown field `{key}`; {nearest(key, list(_FIELDS))}")

@@ -28,9 +28,7 @@ class _Task:
 _TASKS: Mapping[str, _Task] = {
     "world/colour": _Task("colour", lambda seed: "scene", "exact_match", _SHORT, True),
     "world/shape": _Task("shape", lambda seed: "scene", "exact_match", _SHORT, True),
-    "world/letter": _Task(
-        "letter", lambda seed: "codes" if seed % 2 else "words", "exact_match", _SHORT, True
-    ),
+    "world/letter": _Task("letter", lambda seed: "codes" if seed % 2 else "words", "exact_match", _SHORT, True),
     "world/read_words": _Task("read", lambda seed: "words", "token_accuracy", _LONG, False),
     "world/read_codes": _Task("read", lambda seed: "codes", "token_accuracy", _LONG, False),
     "world/describe": _Task("describe", lambda seed: "scene", "edit_similarity", _LONG, False),
@@ -58,8 +56,7 @@ def load(name: str, limit: int, seed_offset: int = 0) -> Iterator[Sample]:
         raise ProbeError(f"no task is called `{name}`; {nearest(name, tasks())}")
     if limit < 0 or seed_offset < 0 or seed_offset + limit > len(EVAL_SEEDS):
         raise ProbeError(
-            f"{name}: samples {seed_offset} to {seed_offset + limit} were asked for; "
-            f"there are 0 to {len(EVAL_SEEDS)}"
+            f"{name}: samples {seed_offset} to {seed_offset + limit} were asked for; there are 0 to {len(EVAL_SEEDS)}"
         )
     parts = MIXTURES.get(name, (name,))
     return (_sample(parts[i % len(parts)], EVAL_SEEDS[seed_offset + i // len(parts)]) for i in range(limit))

@@ -1,6 +1,7 @@
 """The embedded miniature: its world, its tokenizer, its training, its weights.
 
-``llada_v_mini`` is a checkpoint folder in the published LLaDA-V format, about six megabytes; ``MINIATURE`` is its path.
+``llada_v_mini`` is a checkpoint folder in the published LLaDA-V format, some seven megabytes;
+``MINIATURE`` is its path.
 Importing this package imports nothing heavy.
 """
 

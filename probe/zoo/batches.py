@@ -41,22 +41,23 @@ class Prompts:
         self.suppressed = [self.eos, self.bos, self.id(START_HEADER), self.id(END_HEADER)]
 
     def id(self, token: str) -> int:
+        """The id of one token."""
         ids = self.tokenizer.convert_tokens_to_ids([token])
         assert isinstance(ids, list)
         return ids[0]
 
     def pieces(self, question: str, suffix: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the picture."""
         messages = [
             {"role": "system", "content": SYSTEM_SENTENCE},
             {"role": "user", "content": f"<image>\n{question} {suffix}"},
         ]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        before, after = (
-            self.tokenizer(p, add_special_tokens=False).input_ids for p in str(text).split("<image>")
-        )
+        before, after = (self.tokenizer(p, add_special_tokens=False).input_ids for p in str(text).split("<image>"))
         return before, after[1:]
 
     def question(self, text: str, suffix: str = "/no_think") -> list[int]:
+        """Ids of everything between the picture and the answer."""
         key = (text, suffix)
         if key not in self._cache:
             self._cache[key] = self.pieces(text, suffix)[1]
@@ -70,6 +71,7 @@ class Prompts:
         return ids + [self.eot] * (length - len(ids))
 
     def text(self, ids: Sequence[int]) -> str:
+        """The answer up to its end of turn."""
         ids = list(ids)
         kept = ids[: ids.index(self.eot)] if self.eot in ids else ids
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
@@ -119,9 +121,7 @@ class Maker:
         wanted = torch.tensor([[a for _, a in rows] for rows in asked])
         after_end = wanted.eq(self.prompts.eot).cumsum(-1) > 1
         weight = torch.where(after_end, PADDING_WEIGHT, 1.0)
-        return Batch(
-            torch.stack(features), torch.tensor([[q for q, _ in rows] for rows in asked]), wanted, weight
-        )
+        return Batch(torch.stack(features), torch.tensor([[q for q, _ in rows] for rows in asked]), wanted, weight)
 
     def _suffix(self) -> str:
         return "/think" if self._uniform() < 0.1 else "/no_think"
@@ -134,8 +134,7 @@ class Maker:
     def _short(self, picture: Picture, groups: int) -> list[tuple[list[int], list[int]]]:
         tasks = short_tasks(picture.kind)
         chosen: list[tuple[str, Item]] = [
-            (tasks[t % len(tasks)], picture.items[i])
-            for t, i in enumerate(self._integers(len(picture.items), groups))
+            (tasks[t % len(tasks)], picture.items[i]) for t, i in enumerate(self._integers(len(picture.items), groups))
         ]
         questions = [ask(picture, task, item) for task, item in chosen]
         return [

@@ -96,8 +96,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     if shape == "heart":
         turns = [2 * pi * k / 60 for k in range(60)]
         return [
-            (sin(t) ** 3, -(13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 16.5 - 0.12)
-            for t in turns
+            (sin(t) ** 3, -(13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 16.5 - 0.12) for t in turns
         ]
     return _corners(64, (0.98,), 0)  # circle, and the outside of a ring
 
@@ -108,9 +107,7 @@ def _draw_shape(shape: str, size: int) -> Image.Image:
     brush = ImageDraw.Draw(image)
     brush.polygon([(middle + half * x, middle + half * y) for x, y in _outline(shape)], fill=255)
     if shape == "ring":
-        brush.polygon(
-            [(middle + half * 0.55 * x, middle + half * 0.55 * y) for x, y in _outline("circle")], fill=0
-        )
+        brush.polygon([(middle + half * 0.55 * x, middle + half * 0.55 * y) for x, y in _outline("circle")], fill=0)
     return image
 
 

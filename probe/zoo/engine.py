@@ -57,9 +57,7 @@ class MixedTrainer:
     @torch.no_grad()
     def step(self, factor: float, clip: float = 1.0) -> float:
         """Apply the gradients now on the working copies; returns the gradient norm before clipping."""
-        torch._foreach_copy_(
-            self.grads, [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.work]
-        )
+        torch._foreach_copy_(self.grads, [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.work])
         norm = torch.nn.utils.clip_grad_norm_(self.masters, clip, foreach=True)
         for optimiser, rate in zip(self.optimisers, self.rates, strict=True):
             for group in optimiser.param_groups:
@@ -71,10 +69,12 @@ class MixedTrainer:
         return float(norm)
 
     def state_dict(self) -> dict[str, Any]:
+        """Masters and optimiser states."""
         return {"masters": self.masters, "optimisers": [o.state_dict() for o in self.optimisers]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; the working copies follow."""
         for master, saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):

@@ -81,6 +81,7 @@ def language_fields(lm: LlamaConfig, tower: SiglipVisionConfig, special: Mapping
 
 
 def vision_fields(tower: SiglipVisionConfig) -> dict[str, Any]:
+    """The fields of ``vision_config.json``."""
     return {
         "model_type": "siglip_vision_model",
         "hidden_size": tower.hidden_size,

@@ -62,9 +62,8 @@ def packed_attention(
 ALL_ATTENTION_FUNCTIONS.register("miniature_packed", packed_attention)
 
 
-def language_config(
-    vocabulary: int, hidden: int = 192, layers: int = 6, heads: int = 4, mlp: int = 512
-) -> LlamaConfig:
+def language_config(vocabulary: int, hidden: int = 192, layers: int = 6, heads: int = 4, mlp: int = 512) -> LlamaConfig:
+    """The published kind of language model at a small size."""
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, hidden_act="silu",
@@ -88,6 +87,7 @@ class Miniature(nn.Module):
         self.newline = nn.Parameter(torch.randn(hidden) * 0.02)
 
     def compile_layers(self) -> None:
+        """Compile layer by layer: one graph per shape serves all layers."""
         for layer in self.lm.layers:
             layer.compile(dynamic=False)
 
@@ -138,9 +138,7 @@ def diffusion_loss(logits: Tensor, wanted: Tensor, masked: Tensor, weight: Tenso
     return loss, right
 
 
-def draw_masks(
-    samples: int, length: int, generator: torch.Generator, least: float = 0.03
-) -> tuple[Tensor, Tensor]:
+def draw_masks(samples: int, length: int, generator: torch.Generator, least: float = 0.03) -> tuple[Tensor, Tensor]:
     """Mask ratios t, stratified over the samples and shuffled, and masks (samples, length), none empty."""
     strata = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
     t = least + (1 - least) * strata[torch.randperm(samples, generator=generator)]

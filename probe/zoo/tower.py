@@ -53,7 +53,7 @@ def config(width: int, layers: int) -> SiglipVisionConfig:
 
 
 def views(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (96, 96, 3) to (5, 48, 48, 3): the base view (bicubic, whole), then four tiles in raster order."""
+    """uint8 (96, 96, 3) to (5, 48, 48, 3): the base view (bicubic, whole), then the tiles in raster order."""
     base = np.asarray(Image.fromarray(pixels).resize((TILE, TILE)))
     tiles = (pixels[y : y + TILE, x : x + TILE] for y in (0, HALF) for x in (0, HALF))
     return np.stack([base, *tiles])
@@ -88,8 +88,7 @@ def targets(picture: Picture) -> np.ndarray:
     The base view of a page is too coarse to read: its words are -2 (not taught), its rows and columns are.
     """
     things = np.asarray(
-        [(VISUAL_WORDS[i.names[0]], VISUAL_WORDS[i.names[-1]], i.row, i.column) for i in picture.items]
-        + [(-1,) * 4]
+        [(VISUAL_WORDS[i.names[0]], VISUAL_WORDS[i.names[-1]], i.row, i.column) for i in picture.items] + [(-1,) * 4]
     )
     boxes = np.asarray([i.box for i in picture.items], float)
     base = things[_owners(boxes / 2, SIDE)].reshape(1, PATCHES, 4)
@@ -114,6 +113,7 @@ class Pool:
 
 
 def render(kind: Kind, seeds: range, lines: tuple[int, int] = (3, LINES)) -> Pool:
+    """Draw the pictures of some seeds, cut them into views, and label their patches."""
     pictures = [draw(kind, seed, lines) for seed in seeds]
     pixels = torch.from_numpy(np.stack([views(p.pixels) for p in pictures]))
     labels = torch.from_numpy(np.stack([targets(p) for p in pictures]))
@@ -135,6 +135,7 @@ class Teacher(nn.Module):
         self.row, self.column = nn.Linear(width, LINES), nn.Linear(width, COLUMNS)
 
     def logits(self, feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Words (n, 36, 42), rows (n, 36, 6) and columns (n, 36, 8) of features (n, 36, width)."""
         h = F.layer_norm(feature, feature.shape[-1:])
         return h @ self.words.T + self.bias, self.row(h), self.column(h)
 
@@ -143,17 +144,12 @@ class Teacher(nn.Module):
         words, row, column = (x.float() for x in self.logits(feature))
         first, second = labels[..., 0], labels[..., 1]
         taught = first > -2
-        spare = torch.zeros(
-            *words.shape[:-1], words.shape[-1] + 1
-        )  # the last column takes what names nothing
-        wanted = spare.scatter_(-1, torch.where(labels[..., :2] >= 0, labels[..., :2], words.shape[-1]), 1.0)[
-            ..., :-1
-        ]
+        spare = torch.zeros(*words.shape[:-1], words.shape[-1] + 1)  # the last column takes what names nothing
+        wanted = spare.scatter_(-1, torch.where(labels[..., :2] >= 0, labels[..., :2], words.shape[-1]), 1.0)[..., :-1]
         pairs = F.binary_cross_entropy_with_logits(words, wanted, reduction="none").sum(-1)
         there = labels[..., 2] >= 0
         loss = pairs[taught].mean() + 0.5 * (
-            F.cross_entropy(row[there], labels[..., 2][there])
-            + F.cross_entropy(column[there], labels[..., 3][there])
+            F.cross_entropy(row[there], labels[..., 2][there]) + F.cross_entropy(column[there], labels[..., 3][there])
         )
         with torch.no_grad():
             stats = {
@@ -168,6 +164,7 @@ class Teacher(nn.Module):
 
 
 def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes the parameter: a matrix inside a layer."""
     return parameter.dim() == 2 and "layers." in name
 
 
@@ -200,7 +197,5 @@ def train(
 @torch.no_grad()
 def encode(tower: SiglipVisionModel, pixels: Tensor, batch: int = 64) -> Tensor:
     """uint8 (n, 5, 48, 48, 3) to bfloat16 (n, 5, 36, width)."""
-    parts = [
-        features(tower, normalise(p.flatten(0, 1))).unflatten(0, (len(p), VIEWS)) for p in pixels.split(batch)
-    ]
+    parts = [features(tower, normalise(p.flatten(0, 1))).unflatten(0, (len(p), VIEWS)) for p in pixels.split(batch)]
     return torch.cat(parts)

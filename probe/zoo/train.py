@@ -80,9 +80,7 @@ def _pools(size: Size) -> dict[str, towers.Pool]:
     brief_codes = towers.render("codes", range(start + 10**6, start + 10**6 + third // 3), (1, 2))
 
     def join(a: towers.Pool, b: towers.Pool) -> towers.Pool:
-        return towers.Pool(
-            a.pictures + b.pictures, torch.cat([a.pixels, b.pixels]), torch.cat([a.labels, b.labels])
-        )
+        return towers.Pool(a.pictures + b.pictures, torch.cat([a.pixels, b.pixels]), torch.cat([a.labels, b.labels]))
 
     return {
         "scene": towers.render("scene", range(start, start + size.pictures)),
@@ -128,6 +126,7 @@ class Plan:
 
     @staticmethod
     def at(step: int, progress: float, size: Size) -> Plan:
+        """The plan of one step."""
         packed = progress < PACKED_UNTIL
         # half of the steps are long; two thirds once look-ups are learned
         long = step % 2 == 1 if progress < 0.5 else step % 3 != 0
@@ -187,21 +186,13 @@ class Run:
         pools = _pools(size)
         _say(f"rendered {sum(len(p.pictures) for k, p in pools.items() if k != 'codes')} pictures")
         self.tower = _tower(size, pools, work, seed)
-        shelves = {
-            k: Shelf(p.pictures, towers.encode(self.tower, p.pixels))
-            for k, p in pools.items()
-            if k != "codes"
-        }
+        shelves = {k: Shelf(p.pictures, towers.encode(self.tower, p.pixels)) for k, p in pools.items() if k != "codes"}
         _say("cached the tower's features")
         torch.manual_seed(seed + 1)
         self.generator = torch.Generator().manual_seed(seed + 2)
-        self.config = language_config(
-            len(self.prompts.tokenizer), size.hidden, size.layers, size.heads, size.mlp
-        )
+        self.config = language_config(len(self.prompts.tokenizer), size.hidden, size.layers, size.heads, size.mlp)
         self.model = Miniature(self.config, size.tower_width)
-        self.trainer = MixedTrainer(
-            self.model.named_parameters(), lambda name, p: p.dim() == 2 and ".layers." in name
-        )
+        self.trainer = MixedTrainer(self.model.named_parameters(), lambda name, p: p.dim() == 2 and ".layers." in name)
         self.maker = Maker(self.prompts, shelves, self.generator)
         self.step, self.seconds = 0, 0.0
         if (work / "state.pt").exists():
@@ -243,9 +234,7 @@ class Run:
                 break
             plan = Plan.at(self.step, progress, self.size)
             batch = self.maker.draw(plan.images, plan.groups, plan.long, plan.scenes, plan.brief)
-            loss, t, right = _learn(
-                self.model, self.prompts.opening, self.prompts, batch, plan, self.generator
-            )
+            loss, t, right = _learn(self.model, self.prompts.opening, self.prompts, batch, plan, self.generator)
             loss.backward()
             self.trainer.step(schedule(progress, self.step))
             self.step += 1
@@ -259,9 +248,7 @@ class Run:
                 _say(f"step {self.step}/{steps} {100 * progress:.1f} % {self.seconds:.0f} s {seen}")
                 with (self.work / "log.jsonl").open("a") as log:
                     means = {k: sum(v) / max(1, len(v)) for k, v in window.items()}
-                    log.write(
-                        json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **means}) + "\n"
-                    )
+                    log.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **means}) + "\n")
                 window.clear()
             if time.monotonic() - saved > 60 * save_every:
                 self.save()
@@ -270,24 +257,17 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m probe.zoo.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--work", type=Path, help="folder of the state to go on from (default: OUT.training)")
     parser.add_argument("--steps", type=int, help="steps of the language model (default 4300)")
-    parser.add_argument(
-        "--minutes", type=float, default=1e9, help="stop the language model after so many minutes"
-    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop the language model after so many minutes")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and masks")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads (one is fastest on a busy machine)"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (one is fastest on a busy machine)")
     parser.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
-    parser.add_argument(
-        "--evaluate", type=int, default=64, help="reserved pictures per task in the last report"
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="a tiny model for a few steps: does the command work?"
-    )
+    parser.add_argument("--evaluate", type=int, default=64, help="reserved pictures per task in the last report")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model for a few steps: does the command work?")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     size = SMOKE if given.smoke else Size()

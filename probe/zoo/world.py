@@ -59,9 +59,7 @@ _STATIONERY = (
     ((168, 180, 156), (248, 250, 240), (40, 70, 52)), ((196, 172, 172), (253, 247, 244), (112, 36, 44)),
     ((92, 72, 56), (38, 62, 56), (236, 240, 228)), ((64, 68, 78), (30, 34, 46), (240, 226, 180)),
 )  # fmt: skip
-_LIGHT_STATIONERY = (
-    4  # the first four; the others are a blackboard and a dark screen (a quarter of the pages)
-)
+_LIGHT_STATIONERY = 4  # the first four; the others are a blackboard and a dark screen (a quarter of the pages)
 
 
 def _dictionary() -> tuple[tuple[str, ...], ...]:
@@ -99,9 +97,11 @@ class Picture:
 
     @property
     def image(self) -> Image.Image:
+        """The pixels as a Pillow picture."""
         return Image.fromarray(self.pixels)
 
     def at(self, row: int, column: int) -> Item | None:
+        """The item at a zero-based place, if there is one."""
         return next((i for i in self.items if (i.row, i.column) == (row, column)), None)
 
     @property
@@ -128,9 +128,7 @@ class Question:
 def ask(picture: Picture, task: str, item: Item | None = None) -> Question:
     """A task's question: ``colour``, ``shape``, ``letter`` are about one item, the long ones about all."""
     if task in ("read", "describe"):
-        return Question(
-            task, "Read the page." if task == "read" else "Describe the scene.", picture.transcript
-        )
+        return Question(task, "Read the page." if task == "read" else "Describe the scene.", picture.transcript)
     if item is None:
         raise ValueError(f"task {task!r} asks about one item; none was given")
     name = {"colour": 0, "shape": 1, "letter": 0}[task]
@@ -140,6 +138,7 @@ def ask(picture: Picture, task: str, item: Item | None = None) -> Question:
 
 
 def short_tasks(kind: Kind) -> tuple[str, ...]:
+    """The look-up tasks that a kind of picture allows."""
     return ("colour", "shape") if kind == "scene" else ("letter",)
 
 
@@ -178,9 +177,7 @@ def _scene(rng: np.random.Generator) -> Picture:
         colour, shape = names[rng.integers(len(names))], SHAPES[rng.integers(len(SHAPES))]
         size = int(rng.integers(14, 21))
         dx, dy = (int(v) for v in rng.integers(-2, 3, 2))
-        tint = np.clip(np.asarray(COLOURS[colour], np.float32) + rng.uniform(-9, 9, 3), 0, 255).astype(
-            np.float32
-        )
+        tint = np.clip(np.asarray(COLOURS[colour], np.float32) + rng.uniform(-9, 9, 3), 0, 255).astype(np.float32)
         mask, shadow = (_moved(m(shape, size), dx, dy) for m in (shape_mask, soft_shadow))
         x, y = column * CELL, row * CELL
         cell = canvas[y : y + CELL, x : x + CELL]
