@@ -124,6 +124,7 @@ class TraceWriter:
             if not self._file.read(PAGE).strip(b"\0"):
                 if created:
                     undo.callback(self._partial.unlink, missing_ok=True)
+                self._file.truncate(0)  # space may have been claimed for what never came
                 self._create()
             elif resume or overwrite:
                 self._resume(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -86,57 +87,64 @@ class Died(BaseException):
     """Stands for the death of the process."""
 
 
-def test_death_in_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the process die in the middle of its 1st, 2nd, 3rd, … write to the disk, of any file.
+def test_death_after_any_number_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process die after so and so many bytes that it wrote to the disk, in any file.
 
     Whatever is on the disk then must open with every sample whose `write` returned, and with no broken one.
     """
     monkeypatch.setattr(journal.JournaledFile, "sync_seconds", 0.0)
     monkeypatch.setattr(journal.JournaledFile, "checkpoint_bytes", 100_000)
-    honest = journal._write_all
-    left = 0
+    undisturbed = tmp_path / "undisturbed.h5"
+    with TraceWriter(undisturbed, make_header(), make_variables()) as writer:
+        for i in range(3):
+            writer.write(make_record(i, visual=60))
+    honest, left = journal._write_all, 0
 
     def dying(file: object, data: bytes) -> None:
         nonlocal left
-        if left == 0:
-            honest(file, data[: len(data) // 2])  # type: ignore[arg-type]
+        if left < len(data):
+            honest(file, data[:left])  # type: ignore[arg-type]
+            for name in ("t.h5.partial", "t.h5.partial.journal"):  # the disk at the moment of death
+                if (alive / name).exists():
+                    shutil.copy(alive / name, dead / name)
+            left = 10**9
             raise Died
-        left -= 1
+        left -= len(data)
         honest(file, data)  # type: ignore[arg-type]
 
     monkeypatch.setattr(journal, "_write_all", dying)
-    seen: set[int] = set()
-    for allowed in range(400):
-        folder = tmp_path / str(allowed)
-        folder.mkdir()
-        left, returned, died = allowed, 0, False
+    seen: list[int] = []
+    for allowed in range(0, 10**8, 24_571):
+        alive, dead = tmp_path / f"alive{allowed}", tmp_path / f"dead{allowed}"
+        alive.mkdir()
+        dead.mkdir()
+        left, returned, writer = allowed, -1, None
         try:
-            writer = TraceWriter(folder / "t.h5", make_header(), make_variables())
+            writer = TraceWriter(alive / "t.h5", make_header(), make_variables())
             for i in range(3):
+                returned = i
                 writer.write(make_record(i, visual=60))
-                returned += 1
+            returned = 3
             writer.close()
-        except Died:
-            died = True
-        partial = folder / "t.h5.partial"
-        if partial.exists() and partial.stat().st_size:
-            after = tmp_path / "after.h5.partial"  # a copy: this process still holds the lock
-            shutil.copy(partial, after)
-            shutil.copy(folder / "t.h5.partial.journal", tmp_path / "after.h5.partial.journal")
-            try:
-                with open_trace(after) as trace:
-                    assert returned <= trace.n_samples <= returned + 1
-                    seen.add(trace.n_samples)
-                assert verify(after) == []
-            except ProbeError as error:
-                assert "holds nothing yet" in str(error) and returned == 0
-        left = 10**9
-        if not died:
-            assert verify(folder / "t.h5") == []
+            assert verify(alive / "t.h5") == []
             break
-    else:
-        pytest.fail("the run never got through: raise the range")
-    assert seen == {0, 1, 2, 3}
+        except Died:
+            if writer is not None:
+                with pytest.raises(ProbeError, match="can be resumed"):
+                    writer.close()
+        held = -1
+        with contextlib.suppress(ProbeError), open_trace(dead / "t.h5.partial") as trace:
+            held = trace.n_samples
+        assert returned <= held <= returned + 1, "every sample whose write returned, and none that was not begun"
+        seen.append(held)
+        if held >= 0:
+            assert verify(dead / "t.h5.partial") == []
+        with TraceWriter(dead / "t.h5", make_header(), make_variables(), resume=True) as again:
+            assert len(again.done) == max(0, held)
+            for i in range(len(again.done), 3):
+                again.write(make_record(i, visual=60))
+        same_content(dead / "t.h5", undisturbed)
+    assert len(seen) > 40 and sorted(seen) == seen and set(seen) == {-1, 0, 1, 2, 3}
 
 
 def test_an_exception_in_the_block_keeps_a_partial_file_that_opens(tmp_path: Path) -> None:
