@@ -16,7 +16,6 @@ from torch import Tensor
 from probe.attend import Form, RowRequest, ask, forget
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, Call
-from probe.cost import pairwise
 from probe.errors import ProbeError
 from probe.loop import Pass
 from probe.selections import token_count
@@ -51,7 +50,7 @@ class _Gathering:
 
     def receive(self, weights: Tensor, first: int) -> None:
         share = self.weight[:, first : first + weights.shape[2]]
-        part = torch.einsum("bhqk,bq->bhk", weights[: share.shape[0]], share)
+        part = (share[:, None, None] @ weights[: share.shape[0]])[:, :, 0]
         self.total = part if self.total is None else self.total + part
 
 
@@ -164,8 +163,10 @@ class PassState:
             self._under_way[key] = gathering
             rows = gathering.rows.repeat(self.streams, 1)
             requests.append(RowRequest(rows, key[2], gathering.receive))
-            scored = self.tracer.dims.scored_rows(rows.shape[1], self.layout.width, key[2])
-            self.flops["probe"] += self.streams * self.batch * scored
+            dims = self.tracer.dims
+            scored = dims.scored_rows(rows.shape[1], self.layout.width, key[2])
+            averaged = dims.averaged_rows(rows.shape[1], self.layout.width, key[2])
+            self.flops["probe"] += self.batch * (self.streams * scored + averaged)
         if requests:
             ask(self.tracer.backbone.layers[layer].attention, requests, self.timed)
 
@@ -349,8 +350,8 @@ class PassState:
             value = edit.score.entry.function(*(given[k] for k in edit.score.entry.needs), **score_params)
             value = value.to(hidden.device)
             given["similarity" if value.dim() == 2 else "score"] = value
-            if value.dim() == 2:
-                self.flops["probe"] += pairwise(n, hidden.shape[-1])
+            if "flops" in edit.score.entry.meta:
+                self.flops["probe"] += edit.score.entry.meta["flops"](n, hidden.shape[-1])
         return edit.select.entry.function(*(given[k] for k in edit.select.entry.needs), **params)
 
     def _embeddings(self, b: int, visual: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Positional parameters are the tensors that a score needs, of one sample with n alive visual tokens: `hidden (n, width)`
 at the probe's site, `embedding (n, width)` as they entered the language model, `received (head, n)` float32: the
 attention that each token receives in the layer that `layer` names, averaged over the query rows, `n` itself, `generator` seeded per sample, probe and step. They return `(n,)`
-float32, or `(n, n)` where the recipe asks for all pairs.
+float32, or `(n, n)` where the recipe asks for all pairs. A score with matrix products of its own says what they cost:
+`@scores.register(flops=function of (n, width))`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from probe.attend import Form
+from probe.cost import pairwise
 from probe.registry import scores
 from probe.site import QuerySet
 
@@ -47,7 +49,7 @@ def _similarity_kind(params: dict[str, Any]) -> str:
     return "pairwise" if params.get("stat", "pairwise") == "pairwise" else "per_token"
 
 
-@scores.register(kind=_similarity_kind)
+@scores.register(kind=_similarity_kind, flops=pairwise)
 def similarity(
     hidden: Tensor,
     embedding: Tensor,
