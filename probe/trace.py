@@ -43,7 +43,8 @@ from probe.trace_summary import problems
 __all__ = ["SampleRecord", "Trace", "TraceHeader", "TraceWriter", "Variable", "merge", "open_trace", "verify"]
 
 _BARE_AXIS = "This is a netCDF dimension but not a netCDF variable."
-_SMALL = 16 << 10  # bytes per sample up to which a variable is stored uncompressed, many samples to a chunk
+_SMALL = 16 << 10  # bytes per sample up to which a variable is stored uncompressed
+_SMALL_CHUNK = 4 << 10  # bytes of it in a chunk: several samples, but not many, since each rewrites its chunk
 _LARGEST_CHUNK = 1 << 20
 _CHUNK = {"step": 4, "layer": 8, "head": 8}  # places per chunk along these axes; the whole axis along others
 _TEXT = h5py.string_dtype("utf-8")
@@ -175,7 +176,7 @@ class TraceWriter:
         for name, value in attributes.items():
             h5.attrs[name] = value
         h5.attrs["header_crc32"] = header_crc(attributes, self.header.coords, self.variables.values())
-        index = h5.create_dataset("sample", (0,), "<i8", maxshape=(None,), chunks=(1024,))
+        index = h5.create_dataset("sample", (0,), "<i8", maxshape=(None,), chunks=(512,))
         index.make_scale("sample")
         _note(index, units="1", long_name="number of the sample in the data of the run, before sharding")
         for axis, names in self.header.coords.items():
@@ -186,7 +187,7 @@ class TraceWriter:
         _note(score, units="1", long_name="score of the answer; NaN without a reference and after a failure")
         pictures = h5.create_group("pictures")
         _bare_scale(pictures, "sample")
-        data = pictures.create_dataset("data", (0,), "u1", maxshape=(None,), chunks=(64 << 10,))
+        data = pictures.create_dataset("data", (0,), "u1", maxshape=(None,), chunks=(16 << 10,))
         data.dims[0].attach_scale(_bare_scale(pictures, "byte"))
         _note(data, units="1", long_name="PNG files, one after the other")
         for name, meaning in (("offset", "first byte of the picture in data; -1: none"), ("length", "its bytes")):
@@ -195,7 +196,7 @@ class TraceWriter:
         _bare_scale(checksums, "sample")
         columns = np.array(["record", "picture", *self.variables], dtype=object)
         checksums.create_dataset("variable", dtype=_TEXT, data=columns).make_scale("variable")
-        sums = _stacked(checksums, "crc32", ("variable",), "<i8", -1, (64, len(columns)))
+        sums = _stacked(checksums, "crc32", ("variable",), "<i8", -1, (16, len(columns)))
         _note(sums, units="1", long_name="CRC-32 of the bytes of one sample; -1: not recorded")
         self._index()
         self._commit()
@@ -514,7 +515,7 @@ def merge(paths: Sequence[Path], out: Path, *, overwrite: bool = False) -> Path:
 
 def _bare_scale(group: h5py.Group, axis: str) -> h5py.Dataset:
     """An axis without coordinate values, of length 0, as netCDF4 writes it."""
-    scale = group.create_dataset(axis, (0,), ">f4", maxshape=(None,), chunks=(1024,))
+    scale = group.create_dataset(axis, (0,), ">f4", maxshape=(None,), chunks=(512,))
     scale.make_scale(f"{_BARE_AXIS} {0:10d}")
     return scale
 
@@ -535,7 +536,7 @@ def _stacked(
         tuple(len(s) for s in scales),
         dtype,
         maxshape=tuple(s.maxshape[0] for s in scales),
-        chunks=chunk or (512,),
+        chunks=chunk or (256,),
         fillvalue=fill,
         compression="gzip" if compressed else None,
         compression_opts=4 if compressed else None,
@@ -554,7 +555,7 @@ def _chunk_shape(variable: Variable, lengths: Sequence[int]) -> tuple[tuple[int,
     item = np.dtype(variable.dtype).itemsize
     size = int(np.prod(lengths, dtype=np.int64)) * item
     if size < _SMALL:
-        return (min(512, _SMALL // size), *lengths), False
+        return (max(1, min(512, _SMALL_CHUNK // size)), *lengths), False
     chunk = [min(n, _CHUNK.get(axis, n)) for axis, n in zip(variable.dims, lengths, strict=True)]
     while int(np.prod(chunk, dtype=np.int64)) * item > _LARGEST_CHUNK:
         longest = int(np.argmax(chunk))
