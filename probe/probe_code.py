@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from probe.backbones.base import Backbone
+from probe.errors import ProbeError
 from probe.recipe_at import Steps
 from probe.site import Clock
 from probe.trace_schema import Variable
@@ -42,6 +44,18 @@ class CodeProbe:
         """How what it returns is kept in a trace: `(step, *dims)`."""
         said = (self.function.__doc__ or "returned by a probe in code").strip().split("\n")[0]
         return Variable(self.name, ("step", *self.dims), "1", said, probe=self.name)
+
+    def per_sample(self, value: Any, batch: int) -> Tensor:
+        """What the function returned, as `(batch, *dims)`: a value without a batch axis is every sample's."""
+        value = torch.as_tensor(value)
+        if value.dim() == len(self.dims):
+            return value.expand(batch, *value.shape)
+        if value.dim() == len(self.dims) + 1 and value.shape[0] >= batch:
+            return value[:batch]
+        raise ProbeError(
+            f"code probe `{self.name}` returned a tensor of shape {tuple(value.shape)}; its axes are {self.dims}, so "
+            f"{len(self.dims)} dimensions, or one more that counts the {batch} samples of the batch, would be right"
+        )
 
 
 def code_probe(
@@ -68,9 +82,12 @@ def run_traced(
     from nnsight import NNsight
 
     model = NNsight(backbone.lm)
-    results: list[Any] = []
-    with model.trace(**inputs):
+    results: dict[str, Any] = {}
+    with model.trace() as tracer:
+        with tracer.invoke(**inputs):
+            hidden = model.output.last_hidden_state.save()
+        # one invocation each over the same forward: code may look at layers in any order, whatever the others do
         for probe in probes:
-            results.append(probe.function(model, clock))
-        hidden = model.output.last_hidden_state.save()
-    return hidden, {p.name: r for p, r in zip(probes, results, strict=True) if r is not None}
+            with tracer.invoke():
+                results[probe.name] = probe.function(model, clock)
+    return hidden, {name: value for name, value in results.items() if value is not None}

@@ -91,8 +91,9 @@ class Tracer:
                 state.count_all_layers()
             if code:
                 hidden, saved = run_traced(self.backbone, inputs, code, request.clock)
-                for name, value in saved.items():
-                    self.recorder.add(name, request.clock.pass_index, None, value)
+                for probe in (c for c in code if c.name in saved):
+                    value = probe.per_sample(saved[probe.name], state.batch)
+                    self.recorder.add(probe.name, request.clock.pass_index, None, value)
                 return hidden
             hidden = self.backbone.lm(**inputs).last_hidden_state
             return cast(Tensor, hidden)
