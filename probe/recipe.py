@@ -31,7 +31,7 @@ from probe.recipe_at import Layers, Steps
 from probe.recipe_dials import apply_sets, substitute
 from probe.recipe_files import RecipeInfo, expand, find_recipe, read_bytes, recipe_folder, shipped_recipes
 from probe.recipe_parts import AXES, At, Data, Generate, Part, ProbeSpec, Run, Trace
-from probe.recipe_words import Wrong, describe, first_fault
+from probe.recipe_words import Wrong, describe, first_fault, short
 from probe.recipe_yaml import Document, KeyPath, dump_yaml, read_yaml
 from probe.site import Site
 
@@ -222,11 +222,12 @@ def _resolved(data: Any) -> tuple[Any, dict[KeyPath, str]]:
     probes = resolved.get("probes")
     if isinstance(probes, list):
         taken = {p["name"] for p in probes if isinstance(p, dict) and isinstance(p.get("name"), str)}
-        resolved["probes"] = [_named(p, taken) for p in probes]
+        counts: dict[str, int] = {}
+        resolved["probes"] = [_named(p, taken, counts) for p in probes]
     return resolved, refs
 
 
-def _named(probe: Any, taken: set[str]) -> Any:
+def _named(probe: Any, taken: set[str], counts: dict[str, int]) -> Any:
     """A probe with its default name, `<site>@<layers>`, made unique by `#2`, `#3`, ... where several share it."""
     if not isinstance(probe, dict) or probe.get("name") is not None:
         return probe
@@ -238,10 +239,10 @@ def _named(probe: Any, taken: set[str]) -> Any:
         where = ",".join(map(str, where))
     base = str(at.get("site", "probe")) + ("" if where is None else f"@{where}")
     base = "".join(c for c in base if c.isprintable())[:80]
-    count, name = 1, base
+    name = base
     while name in taken:
-        count += 1
-        name = f"{base}#{count}"
+        counts[base] = counts.get(base, 1) + 1
+        name = f"{base}#{counts[base]}"
     taken.add(name)
     return {"name": name} | {k: v for k, v in probe.items() if k != "name"}
 
@@ -251,12 +252,11 @@ def _dial_at(refs: dict[KeyPath, str], path: KeyPath) -> str | None:
 
 
 def _fault(document: Document, refs: dict[KeyPath, str], path: KeyPath, words: str, *, key: bool) -> ProbeError:
-    shown = [str(p) if isinstance(p, str) else f"[{p}]" for p in path]
+    shown = [short(p) if isinstance(p, str) else f"[{p}]" for p in path]
     head = ""
     if path[:1] == ("probes",) and len(path) > 1:
-        resolved, _ = _resolved_quietly(document.data)
-        probe = resolved[path[1]] if isinstance(path[1], int) and path[1] < len(resolved) else None
-        head = f"probe `{probe['name']}`: " if isinstance(probe, dict) else f"probe {path[1]}: "
+        name = _probe_name(document, path[1])
+        head = f"probe {path[1]}: " if name is None else f"probe `{short(name)}`: "
         shown = shown[2:]
     where = ".".join(shown).replace(".[", "[")
     tail = ""
@@ -266,13 +266,15 @@ def _fault(document: Document, refs: dict[KeyPath, str], path: KeyPath, words: s
     return ProbeError(f"{document.place(path, key=key)}: {head}{where + ': ' if where else ''}{words}{tail}")
 
 
-def _resolved_quietly(data: Any) -> tuple[list[Any], None]:
-    """The probes with their names, for an error message: as written where the dials do not resolve."""
+def _probe_name(document: Document, index: str | int) -> str | None:
+    """What a probe is called, also where the recipe's dials do not resolve."""
     try:
-        return _resolved(data)[0].get("probes") or [], None
+        probes = _resolved(document.data)[0]["probes"]
     except Wrong:
         taken: set[str] = set()
-        return [_named(p, taken) for p in data.get("probes") or []], None
+        probes = [_named(p, taken, {}) for p in document.data["probes"]]
+    known = isinstance(index, int) and index < len(probes) and isinstance(probes[index], dict)
+    return str(probes[index]["name"]) if known else None
 
 
 def _build(document: Document) -> Recipe:

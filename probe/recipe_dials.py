@@ -98,6 +98,7 @@ def _index(items: list[Any], step: str, source: str) -> int:
 
 
 def refs_in(value: Any) -> Sequence[str]:
+    """Names of the dials that stand somewhere in a value."""
     if isinstance(value, dict):
         return [r for v in value.values() for r in refs_in(v)]
     if isinstance(value, list | tuple):

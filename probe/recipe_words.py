@@ -18,6 +18,12 @@ class Wrong(ValueError):
         self.path: KeyPath = path
 
 
+def short(text: str) -> str:
+    """A text on one line and of bounded length, for a message."""
+    line = text.replace("\n", "\\n").replace("\r", "\\r")
+    return line if len(line) <= 60 else line[:57] + "..."
+
+
 def describe(value: Any) -> str:
     """A value as a reader of the recipe would call it."""
     if value is None:
@@ -27,7 +33,7 @@ def describe(value: Any) -> str:
     if isinstance(value, int | float):
         return f"the number {value}"
     if isinstance(value, str):
-        return f"the text `{value if len(value) <= 60 else value[:57] + '...'}`"
+        return f"the text `{short(value)}`"
     return "a mapping" if isinstance(value, dict) else "a list"
 
 
@@ -42,7 +48,7 @@ def check_keys(model: type[BaseModel], data: Any) -> None:
         raise Wrong(f"should be a mapping with the keys {', '.join(names_of(model))}, but is {describe(data)}")
     for key in data:
         if key not in names_of(model):
-            raise Wrong(f"unknown key `{key}`; {nearest(key, names_of(model))}", key)
+            raise Wrong(f"unknown key `{short(str(key))}`; {nearest(key, names_of(model))}", key)
 
 
 def first_fault(error: ValidationError, data: Any) -> tuple[KeyPath, str]:
@@ -106,7 +112,7 @@ def _sentence(item: Any, value: Any) -> str:
         return "unknown key"
     if kind in ("literal_error", "enum"):
         choices = [c.strip(" '\"") for c in str(context["expected"]).replace(" or ", ", ").split(",")]
-        return f"`{value}` is none of the choices; {nearest(str(value), choices)}"
+        return f"{describe(value)} is none of the choices; {nearest(str(value), choices)}"
     if kind == "value_error":
         return str(context["error"])
     bare = kind.removesuffix("_type").removesuffix("_parsing")

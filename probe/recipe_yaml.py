@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -116,7 +116,7 @@ def read_yaml(text: str | bytes, source: str) -> Document:
         OverflowError,
         IndexError,
     ) as error:  # impossible escapes and directives slip through PyYAML
-        raise ProbeError(f"{source}: not valid YAML ({error})") from None
+        raise ProbeError(f"{source}: not valid YAML ({str(error)[:60]})") from None
 
 
 def _syntax(error: yaml.YAMLError, source: str) -> str:
@@ -193,8 +193,8 @@ class _Reader:
 
     def scalar(self, event: Any) -> Any:
         text: str = event.value
-        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
-            self.fail(event, "the text holds a character that no file can hold (NUL or half of a surrogate pair)")
+        if _NO_TEXT.search(text):
+            self.fail(event, "the text holds a control character, or half of a surrogate pair")
         tag = (event.tag or "").removeprefix("tag:yaml.org,2002:")
         if tag in ("!", "str") or (not tag and event.style is not None):
             return text
@@ -212,6 +212,7 @@ class _Reader:
         return value
 
 
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -228,14 +229,16 @@ def plain_scalar(text: str) -> bool | int | float | str | None:
     if _INT.fullmatch(text):
         digits = text.lstrip("+-")
         if len(digits) > 1 and digits.startswith("0"):
-            raise ValueError(f"`{text}` starts with a zero; write the number without it, or quote it if it is a word")
+            raise ValueError(
+                f"`{text[:30]}` starts with a zero; write the number without it, or quote it if it is a word"
+            )
         if len(digits) > 19 or abs(int(text)) > MAX_INT:
             raise ValueError("a whole number beyond 64 bits")
         return int(text)
     if _FLOAT.fullmatch(text):
         number = float(text)
         if math.isinf(number):
-            raise ValueError(f"`{text}` is larger than any number a recipe can hold")
+            raise ValueError("a number larger than a recipe can hold")
         return number
     if _NOT_FINITE.fullmatch(text):
         raise ValueError(f"`{text}`: numbers in a recipe are finite")
@@ -245,13 +248,12 @@ def plain_scalar(text: str) -> bool | int | float | str | None:
 class _Dumper(yaml.SafeDumper):
     """Writes plain what `plain_scalar` reads as the same value, and quotes every other string."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def ignore_aliases(self, data: Any) -> bool:
         """The reader refuses aliases, so a value that occurs twice is written twice."""
         return True
 
 
+_Dumper.yaml_implicit_resolvers = {}
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(rf"^({_NULL.pattern})$"), [*"~nN", ""])
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(rf"^({_BOOL.pattern})$"), [*"tTfF"])
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"^({_INT.pattern})$"), [*"+-0123456789"])
