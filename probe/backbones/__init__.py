@@ -1,16 +1,20 @@
 """Backbones by name, and `load`: a folder, a Hub id or `miniature` to a model behind the adapter contract.
 
 An adapter is a function registered in `backbones` that returns its class (imported only when needed), with
-`accepts(config)` to recognise a checkpoint by its `config.json` and `facts(checkpoint)` for its sizes.
+`accepts(config)` to recognise a checkpoint by its `config.json`, and two answers that need no weights:
+`facts(checkpoint)` for its sizes and `count(checkpoint, sizes)` for the visual tokens of a sample; `published` names
+models for which even the small files are not needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from probe.backbones import llada_v_config
-from probe.backbones.checkpoint import Checkpoint, resolve
+from probe.backbones.checkpoint import EMBEDDED, Checkpoint, resolve
 from probe.errors import ProbeError
 from probe.registry import Entry, Registry
 
@@ -23,7 +27,34 @@ if TYPE_CHECKING:
 backbones = Registry("backbone")
 
 
-@backbones.register(accepts=llada_v_config.is_llada_v, facts=llada_v_config.facts_of)
+@dataclass(frozen=True)
+class Published:
+    """A model on the Hub whose sizes and visual tokens are known without a download."""
+
+    name: str
+    facts: Callable[[], ModelFacts]
+    count: Callable[[Sequence[tuple[int, int]]], int]
+
+
+@dataclass(frozen=True)
+class KnownBackbone:
+    """One line of the list of backbones."""
+
+    name: str
+    layers: int
+    width: int
+    vocabulary: int
+    about: str
+
+
+@backbones.register(
+    accepts=llada_v_config.is_llada_v,
+    facts=llada_v_config.facts_of,
+    count=llada_v_config.visual_count,
+    published=(
+        Published(llada_v_config.PUBLISHED_NAME, llada_v_config.published_facts, llada_v_config.published_count),
+    ),
+)
 def llada_v() -> type[Backbone]:
     """LLaDA-V: Llama without a causal mask, SigLIP tiles with newlines, masked diffusion."""
     from probe.backbones.llada_v import LladaV
@@ -54,11 +85,36 @@ def load(
 
 
 def facts_of(name: str | Path, *, revision: str | None = None) -> ModelFacts:
-    """Sizes of a backbone without its weights. The published LLaDA-V is known without a download."""
-    if str(name) == llada_v_config.PUBLISHED_NAME and revision is None and not Path(str(name)).is_dir():
-        return llada_v_config.published_facts()
+    """Sizes of a backbone without its weights. Published models are known without a download."""
+    if published := _published(name, revision):
+        return published.facts()
     checkpoint = resolve(name, revision=revision, weights=False)
     return cast("ModelFacts", adapter_of(checkpoint).meta["facts"](checkpoint))
+
+
+def visual_count(name: str | Path, sizes: Sequence[tuple[int, int]], *, revision: str | None = None) -> int:
+    """Visual tokens of a sample whose pictures have these (width, height), without weights or pixels."""
+    if published := _published(name, revision):
+        return published.count(sizes)
+    checkpoint = resolve(name, revision=revision, weights=False)
+    return int(adapter_of(checkpoint).meta["count"](checkpoint, sizes))
+
+
+def known_backbones() -> list[KnownBackbone]:
+    """The checkpoints that have a name of their own: the embedded ones, then the published ones."""
+    embedded = [n for n, folder in EMBEDDED.items() if folder.is_dir()]
+    found = [(n, f"Installed with the package. {adapter_of(resolve(n)).summary}") for n in embedded]
+    found += [(p.name, entry.summary) for entry in backbones for p in entry.meta.get("published", ())]
+    sizes = [(about, facts_of(name)) for name, about in found]
+    return [KnownBackbone(f.name, f.layers, f.width, f.vocabulary, about) for about, f in sizes]
+
+
+def _published(name: str | Path, revision: str | None) -> Published | None:
+    """The published model of this name, unless the user means a folder or a particular revision."""
+    if revision is not None or Path(name).is_dir():
+        return None
+    models = (p for entry in backbones for p in entry.meta.get("published", ()))
+    return next((p for p in models if p.name == str(name)), None)
 
 
 def adapter_of(checkpoint: Checkpoint) -> Entry:

@@ -161,9 +161,7 @@ def pinpoints_of(value: object, tile: int) -> tuple[tuple[int, int], ...]:
     raise ProbeError(f"`image_grid_pinpoints` is {value!r}; expected {wanted}")
 
 
-def geometry_of(
-    config: Mapping[str, Any], *, tile: int, patch: int, tokens_per_side: int | None = None
-) -> Geometry:
+def geometry_of(config: Mapping[str, Any], *, tile: int, patch: int, tokens_per_side: int | None = None) -> Geometry:
     """The geometry that a checkpoint's config asks for; `image_aspect_ratio: pad` has no canvases."""
     aspect = config.get("image_aspect_ratio")
     if aspect == "pad":

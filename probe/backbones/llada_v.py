@@ -46,6 +46,7 @@ from probe.site import ModelFacts, Role
 
 ATTENTION = "sdpa"
 """The attention kernel when none is asked for."""
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 class LladaV(Backbone):
@@ -114,7 +115,8 @@ class LladaV(Backbone):
             what = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows"
             raise ProbeError(f"{checkpoint.folder}: {what}")
         kept = len(tokenizer) if tokenizer is not None and vocab == "tokenizer" else rows
-        kind = KERNELS.get(attention or ATTENTION, attention)
+        kind = attention or ATTENTION
+        kind = KERNELS.get(kind, kind)
         with torch.device("meta"):
             model = cls(
                 llama_config(config, kept, kind),
@@ -300,9 +302,7 @@ class LladaV(Backbone):
 
     def _tower(self) -> Any:
         if self.vision_tower is None:
-            raise ProbeError(
-                f"{self.source} is a language model alone: its config names no `mm_vision_tower`"
-            )
+            raise ProbeError(f"{self.source} is a language model alone: its config names no `mm_vision_tower`")
         return self.vision_tower
 
     def _geometry(self) -> Geometry:
@@ -325,10 +325,9 @@ def _dtype(asked: str | torch.dtype, weights: Tensors, device: torch.device) -> 
     if isinstance(asked, torch.dtype):
         return asked
     if asked != "auto":
-        dtype = getattr(torch, asked, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ProbeError(f"dtype={asked!r}; known: auto, float32, bfloat16, float16")
-        return dtype
+        if asked not in DTYPES:
+            raise ProbeError(f"dtype={asked!r}; known: auto, {', '.join(DTYPES)}")
+        return DTYPES[asked]
     if EMBEDDING not in weights.shapes:
         return torch.float32  # the check of names, which comes next, says what is wrong
     stored = weights.read(EMBEDDING, 1).dtype

@@ -113,9 +113,20 @@ def visual_token_count(
     return count_visual([(width, height)], tower_geometry(config, settings))
 
 
+def visual_count(checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]]) -> int:
+    """Visual tokens of a sample by its pictures' (width, height), from a checkpoint's small files alone."""
+    vision = vision_settings(checkpoint)
+    return count_visual(sizes, tower_geometry(checkpoint.config, vision)) if vision else 0
+
+
 def published_geometry() -> Geometry:
     """Tiles and canvases of the published model."""
     return tower_geometry(PUBLISHED, SIGLIP_SO400M)
+
+
+def published_count(sizes: Sequence[tuple[int, int]]) -> int:
+    """Visual tokens of a sample of the published model by its pictures' (width, height)."""
+    return count_visual(sizes, published_geometry())
 
 
 def published_facts() -> ModelFacts:
@@ -129,9 +140,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     return _facts(checkpoint.source, checkpoint.config, vocabulary, vision_settings(checkpoint))
 
 
-def _facts(
-    name: str, config: Mapping[str, Any], vocabulary: int, vision: Mapping[str, Any] | None
-) -> ModelFacts:
+def _facts(name: str, config: Mapping[str, Any], vocabulary: int, vision: Mapping[str, Any] | None) -> ModelFacts:
     try:
         return ModelFacts(
             name=name,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -30,21 +31,17 @@ _LLAMA_FIELDS = (
 _SIGLIP_FIELDS = tuple(SIGLIP_SO400M)
 
 
-class BidirectionalLlama(LlamaModel):  # type: ignore[no-untyped-call]
+class BidirectionalLlama(LlamaModel):
     """Llama in which every position sees every other."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        config.is_causal = (
-            False  # transformers then builds bidirectional masks, also from `attention_mask=None`
-        )
+        config.is_causal = False  # transformers then builds bidirectional masks, also from `attention_mask=None`
         super().__init__(config)
         for module in self.modules():
             if isinstance(module, LlamaAttention):
                 module.is_causal = False  # else kernels that are given no mask add a causal one
 
-    def forward(
-        self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPast:
+    def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
         """As Llama's; `attention_mask` is None (nothing is padded), `(batch, key)` true at real keys, or 4-D.
 
         4-D masks are `(batch, 1 or heads, query, key)`: bool or integer (true: may attend), or floats to be
@@ -87,7 +84,7 @@ def llama_config(config: Mapping[str, Any], vocabulary: int, attention: str) -> 
             bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False,
             attn_implementation=attention,
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ProbeError(f"config.json does not describe a Llama: {error}") from error
 
 
@@ -96,10 +93,8 @@ def siglip_config(vision: Mapping[str, Any], attention: str) -> SiglipVisionConf
     known = {k: vision[k] for k in _SIGLIP_FIELDS if k in vision}
     known["num_hidden_layers"] = int(known["num_hidden_layers"]) - 1
     try:
-        return SiglipVisionConfig(
-            **known, attention_dropout=0.0, vision_use_head=False, attn_implementation=attention
-        )
-    except (TypeError, ValueError) as error:
+        return SiglipVisionConfig(**known, attention_dropout=0.0, vision_use_head=False, attn_implementation=attention)
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ProbeError(f"the encoder's settings do not describe a SigLIP: {error}") from error
 
 

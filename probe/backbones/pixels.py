@@ -49,9 +49,7 @@ def cut(image: Image.Image, tiling: Tiling) -> list[Image.Image]:
     canvas.paste(image.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC), (x0, y0))
     across, down = tiling.grid
     tiles = [
-        canvas.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
-        for y in range(down)
-        for x in range(across)
+        canvas.crop((x * side, y * side, (x + 1) * side, (y + 1) * side)) for y in range(down) for x in range(across)
     ]
     return [squash(image, side), *tiles]
 

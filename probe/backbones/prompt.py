@@ -36,9 +36,12 @@ def ask(question: str, pictures: int, *, think: bool) -> str:
 
     A question that says itself where pictures go is taken as it is, as is one without pictures.
     """
-    if PLACE in question:
+    if places := question.count(PLACE):
         if not pictures:
             raise ProbeError(f"the question names a place for a picture ({PLACE}), but no picture is given")
+        if pictures > places:
+            named = f"{places} place" + "s" * (places > 1)
+            raise ProbeError(f"{pictures} pictures are given, but the question names {named} ({PLACE}) for them")
         return question
     if not pictures:
         return question

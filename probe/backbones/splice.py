@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def splice(
     out_ids = torch.stack([_pad(r, length, side) for r, _ in rows])
     out_visual = torch.stack([_pad(v, length, side) for _, v in rows])
     text = embed(out_ids.clamp(min=0))
-    if features:
+    if starts[-1]:
         seen = torch.cat(list(features)).to(text.dtype)
         text = torch.where(out_visual[..., None] >= 0, seen[out_visual.clamp(min=0)], text)
     real = out_ids != NOTHING
@@ -84,7 +85,7 @@ def _runs(ids: Tensor) -> list[Tensor]:
     """Cut ids into runs of text and single marks."""
     marks = (ids == IMAGE).nonzero().flatten().tolist()
     cuts = sorted({0, ids.shape[0], *marks, *(m + 1 for m in marks)})
-    return [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [ids[a:b] for a, b in pairwise(cuts)]
 
 
 def _pad(row: Tensor, length: int, side: str) -> Tensor:

@@ -59,9 +59,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise ProbeError(f"{folder / 'tokenizer.json'} is no usable tokenizer: {error}") from error
 
 
-def special_ids(
-    tokenizer: Tokenizer | None, given: SpecialIds | None, vocabulary: int, source: str
-) -> SpecialIds:
+def special_ids(tokenizer: Tokenizer | None, given: SpecialIds | None, vocabulary: int, source: str) -> SpecialIds:
     """The ids that decoding needs: those given, else found by their strings, else the published numbers."""
     tokens = (names.MASK, names.EOS, names.EOT, names.BOS, names.START_HEADER, names.END_HEADER)
     if given is None:

@@ -1,7 +1,7 @@
 """Parity tests take their cases from files: expectations that the original systems produced.
 
-The environment variable PROBE_FIXTURES names the folder (default: `tests/fixtures`); each of its subfolders is a
-*set*, described by its own README. A test says which set it reads and how to find cases in it:
+The environment variable PROBE_FIXTURES names the folder (default: `tests/fixtures`); each of its subfolders is
+a *set*, described by its own README. A test says which set it reads and how to find cases in it:
 
     @pytest.mark.cases("llada_v", find)     # find(folder of the set) yields (id, anything) pairs
     def test_logits(case): ...
@@ -43,15 +43,11 @@ def find_cases(name: str, find: Finder, optional: bool = False) -> list[tuple[st
     if not folder.is_dir():
         return [(f"{name}-absent", NoCases(f"no fixture set {name} in {fixture_root()}", True))]
     found = [(f"{name}-{key}", case) for key, case in find(folder)]
-    return found or [
-        (f"{name}-empty", NoCases(f"{folder} is there but holds no case for this test", optional))
-    ]
+    return found or [(f"{name}-empty", NoCases(f"{folder} is there but holds no case for this test", optional))]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "cases(set, find, optional=False): run once per case found in a fixture set"
-    )
+    config.addinivalue_line("markers", "cases(set, find, optional=False): run once per case found in a fixture set")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,9 +49,7 @@ def coordinates(root: Path) -> Iterator[tuple[str, Any]]:
         if (folder / "coords.safetensors").is_file():
             stored = load_file(folder / "coords.safetensors")
             for name in sorted({k.split(".")[0] for k in stored}):
-                axes = {
-                    k: stored[f"{name}.{k}"] for k in ("row_coord", "col_coord") if f"{name}.{k}" in stored
-                }
+                axes = {k: stored[f"{name}.{k}"] for k in ("row_coord", "col_coord") if f"{name}.{k}" in stored}
                 yield name, (geometry_of(table), tuple(map(int, name.split("x"))), axes)
 
 
@@ -67,9 +66,7 @@ def others(*kinds: str) -> Any:
 def ramp(geometry: Geometry, views: int) -> Tensor:
     """Features that say where they are: `(views, patches, 3)`: view, row and column within the view."""
     side = geometry.side
-    view, row, column = torch.meshgrid(
-        torch.arange(views), torch.arange(side), torch.arange(side), indexing="ij"
-    )
+    view, row, column = torch.meshgrid(torch.arange(views), torch.arange(side), torch.arange(side), indexing="ij")
     return torch.stack([view, row, column], -1).flatten(1, 2).double()
 
 
@@ -153,20 +150,14 @@ def embed(ids: Tensor) -> Tensor:
     return torch.zeros(*ids.shape, 3, dtype=torch.float64)
 
 
-def plain_sequence(
-    geometry: Geometry, row: dict[str, Any], closed: bool, given: int
-) -> tuple[Tensor, list[int]]:
+def plain_sequence(geometry: Geometry, row: dict[str, Any], closed: bool, given: int) -> tuple[Tensor, list[int]]:
     """A prompt of several single-view pictures, `given` of them; its tokens and its newlines' positions."""
     places = COUNT_WORDS[row["kind"].split("_")[0]]
     layout = Plain(geometry, geometry.tile, geometry.tile, closed)
     features = [lay(layout, view[None]) for view in ramp(geometry, given)]
     marked = row.get("newline_positions_in_sequence") or [0] * places
     before = marked[0] - layout.count + 1 if closed else 1
-    between = (
-        [b - a - layout.count for a, b in zip(marked, marked[1:], strict=False)]
-        if closed
-        else [1] * (places - 1)
-    )
+    between = [b - a - layout.count for a, b in itertools.pairwise(marked)] if closed else [1] * (places - 1)
     after = row["total_length"] - before - sum(between) - places * layout.count
     ids = [1] * before + [IMAGE]
     for gap in between:

@@ -96,9 +96,7 @@ def test_language_model(case: Any, model_at: Any, observed: Any, near: Any) -> N
 
 @pytest.mark.cases("llada_v", plain_logits)
 @pytest.mark.parametrize("attention", ["sdpa", "probe", "probe_eager"])
-def test_attention_implementations_agree(
-    case: Any, attention: str, model_at: Any, observed: Any, near: Any
-) -> None:
+def test_attention_implementations_agree(case: Any, attention: str, model_at: Any, observed: Any, near: Any) -> None:
     folder, run = case
     pytest.importorskip("probe.attend")
     got = observed(model_at(folder, attention), folder, run)

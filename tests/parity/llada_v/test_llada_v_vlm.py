@@ -105,9 +105,7 @@ def tower_states(model: LladaV, views: Tensor) -> Tensor:
     """Hidden states of the tower for the first view, `(layers + 1, patches, width)`: embeddings first."""
     seen: list[Tensor] = []
     first = model.encoder_layers[0].layer.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-    handles = [
-        x.layer.register_forward_hook(lambda m, a, out: seen.append(out)) for x in model.encoder_layers
-    ]
+    handles = [x.layer.register_forward_hook(lambda m, a, out: seen.append(out)) for x in model.encoder_layers]
     try:
         model.vision_features(views[:1])
     finally:
@@ -152,9 +150,7 @@ def test_layout(case: Any, model_at: Any, prompt_of: Any) -> None:
     assert prompt.n_visual == count
     assert prompt.visual[start : start + count].tolist() == list(range(count))
     assert int(seen.sum()) == count
-    assert (prompt.role == Role.NEWLINE).nonzero().flatten().tolist() == sample[
-        "newline_positions_in_sequence"
-    ]
+    assert (prompt.role == Role.NEWLINE).nonzero().flatten().tolist() == sample["newline_positions_in_sequence"]
     assert (prompt.role[:start] == Role.SYSTEM).all()
     assert (prompt.role[start + count :] == Role.QUESTION).all()
     assert prompt.box.isnan().all(-1).equal((prompt.role == Role.NEWLINE)[seen])
@@ -256,9 +252,7 @@ def test_tower_of_a_large_case(case: Any, model_at: Any, near: Any) -> None:
     if rows is not None:
         near(features[0, 0], rows[0], 1e-5)
         near(features[0, -1], rows[-1], 1e-5)
-        apart = (
-            (rows[:, None] - features[0]).abs().amax(-1).amin(1)
-        )  # the others are patches of the same view
+        apart = (rows[:, None] - features[0]).abs().amax(-1).amin(1)  # the others are patches of the same view
         assert (apart < 1e-5).all()
 
 
