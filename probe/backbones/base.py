@@ -95,12 +95,16 @@ class Backbone(ABC, nn.Module):
     source: str
     """Where the weights came from (folder or Hub id), for the trace."""
     revision: str
-    """A fingerprint of the weights (sha256 of the safetensors headers and sizes, or the Hub commit)."""
+    """A fingerprint of the weights (the Hub commit, or a sha256 of headers, sizes and samples of the data)."""
 
     @property
     @abstractmethod
     def lm(self) -> nn.Module:
-        """The decoder without its head, called as `lm(inputs_embeds=, position_ids=, attention_mask=)`."""
+        """The decoder without its head, called as `lm(inputs_embeds=, position_ids=, attention_mask=)`.
+
+        It returns an output whose `last_hidden_state` is final-normed. `attention_mask` None means that nothing is
+        padded; `(batch, length)` is true at real keys; 4-D is bool (true: may attend) or additive float.
+        """
 
     @property
     @abstractmethod

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from probe.errors import ProbeError
 
@@ -24,6 +24,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 SMALL_PATTERNS = ["*.json", "*.jinja"]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 Shape = tuple[int, ...]
 
@@ -203,6 +204,19 @@ def check_names(expected: Mapping[str, Shape], found: Mapping[str, Shape], where
     if wrong:
         count = f"{len(expected)} tensors expected"
         raise ProbeError(f"{where}: the weights do not fit the config ({count}). {'; '.join(wrong)}")
+
+
+def choose_dtype(asked: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to run in: the one asked for, or for `auto` the stored one, float16 being float32 on a CPU."""
+    import torch
+
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked == "auto":
+        return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
+    if asked not in DTYPES:
+        raise ProbeError(f"dtype={asked!r}; known: auto, {', '.join(DTYPES)}")
+    return cast("torch.dtype", getattr(torch, asked))
 
 
 def _some(names: list[str], most: int = 5) -> str:

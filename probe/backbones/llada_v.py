@@ -26,12 +26,13 @@ from probe.backbones import llada_v_config as names
 from probe.backbones import prompt as text
 from probe.backbones.anyres import Geometry, Tiling
 from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds
-from probe.backbones.checkpoint import Checkpoint, Shape, Tensors, check_names
+from probe.backbones.checkpoint import Checkpoint, Shape, Tensors, check_names, choose_dtype
 from probe.backbones.layout import Cells, Clip, Layout, Plain, Tiled
 from probe.backbones.llada_v_modules import (
     EMBEDDING,
     HEAD,
     BidirectionalLlama,
+    layer_modules,
     llama_config,
     projector,
     published_name,
@@ -46,7 +47,6 @@ from probe.site import ModelFacts, Role
 
 ATTENTION = "sdpa"
 """The attention kernel when none is asked for."""
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 class LladaV(Backbone):
@@ -85,8 +85,8 @@ class LladaV(Backbone):
             self.vision_tower = SiglipVisionModel(siglip)
             self.mm_projector = projector(projector_type, siglip.hidden_size, llama.hidden_size)
             self.image_newline = nn.Parameter(torch.empty(llama.hidden_size))
-        self._layers = _layer_modules(self.model, "post_attention_layernorm")
-        self._encoder_layers = _layer_modules(self.vision_tower.encoder, "layer_norm2") if siglip else ()
+        self._layers = layer_modules(self.model, "post_attention_layernorm")
+        self._encoder_layers = layer_modules(self.vision_tower.encoder, "layer_norm2") if siglip else ()
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -132,7 +132,8 @@ class LladaV(Backbone):
                 revision=checkpoint.fingerprint,
             )
         with checkpoint.tensors(str(device)) as weights:
-            model._take(weights, checkpoint, rows, _dtype(dtype, weights, torch.device(device)))
+            stored = weights.read(EMBEDDING, 1).dtype if EMBEDDING in weights.shapes else torch.float32
+            model._take(weights, checkpoint, rows, choose_dtype(dtype, stored, torch.device(device)))
         return model
 
     def _take(self, weights: Tensors, checkpoint: Checkpoint, rows: int, dtype: torch.dtype) -> None:
@@ -314,21 +315,3 @@ class LladaV(Backbone):
             files = "tokenizer.json and tokenizer_config.json"
             raise ProbeError(f"{self.source} has no tokenizer: put {files} beside its weights")
         return self.tokenizer
-
-
-def _layer_modules(stack: Any, pre_mlp_norm: str) -> tuple[LayerModules, ...]:
-    """The hookable modules of every layer of a Llama or of a SigLIP encoder; both call the rest alike."""
-    return tuple(LayerModules(x, x.self_attn, getattr(x, pre_mlp_norm), x.mlp) for x in stack.layers)
-
-
-def _dtype(asked: str | torch.dtype, weights: Tensors, device: torch.device) -> torch.dtype:
-    if isinstance(asked, torch.dtype):
-        return asked
-    if asked != "auto":
-        if asked not in DTYPES:
-            raise ProbeError(f"dtype={asked!r}; known: auto, {', '.join(DTYPES)}")
-        return DTYPES[asked]
-    if EMBEDDING not in weights.shapes:
-        return torch.float32  # the check of names, which comes next, says what is wrong
-    stored = weights.read(EMBEDDING, 1).dtype
-    return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored

@@ -18,6 +18,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 
+from probe.backbones.base import LayerModules
 from probe.backbones.llada_v_config import SIGLIP_SO400M
 from probe.errors import ProbeError
 
@@ -109,3 +110,8 @@ def projector(kind: str, inner: int, outer: int) -> nn.Module:
     for _ in range(int(match[1]) - 1):
         layers += [nn.GELU(), nn.Linear(outer, outer)]
     return nn.Sequential(*layers)
+
+
+def layer_modules(stack: Any, pre_mlp_norm: str) -> tuple[LayerModules, ...]:
+    """The hookable modules of every layer of a Llama or of a SigLIP encoder; both call the rest alike."""
+    return tuple(LayerModules(x, x.self_attn, getattr(x, pre_mlp_norm), x.mlp) for x in stack.layers)

@@ -18,7 +18,8 @@ class Tokenizer:
     def __init__(self, fast: Any) -> None:
         self._fast = fast
         self.bos: int | None = fast.bos_token_id
-        self.pad: int | None = fast.pad_token_id if fast.pad_token_id is not None else fast.eos_token_id
+        self.eos: int | None = fast.eos_token_id
+        self.pad: int | None = self.eos if fast.pad_token_id is None else fast.pad_token_id
 
     def __len__(self) -> int:
         return len(self._fast)
@@ -64,6 +65,10 @@ def special_ids(tokenizer: Tokenizer | None, given: SpecialIds | None, vocabular
     tokens = (names.MASK, names.EOS, names.EOT, names.BOS, names.START_HEADER, names.END_HEADER)
     if given is None:
         found = {t.text: tokenizer.id_of(t.text) if tokenizer else t.id for t in tokens}
+        if tokenizer and found[names.EOS.text] is None:
+            found[names.EOS.text] = tokenizer.eos
+        if tokenizer and found[names.BOS.text] is None:
+            found[names.BOS.text] = tokenizer.bos
         lacking = [k for k, v in found.items() if v is None]
         if lacking:
             what = ", ".join(lacking)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 
 from probe.backbones import llada_v_config as names
@@ -16,6 +17,9 @@ from probe.backbones.base import SpecialIds
 from probe.backbones.llada_v import LladaV
 from probe.backbones.llada_v_modules import llama_config, published_name, siglip_config
 from probe.site import ModelFacts
+
+settings.register_profile("no-deadline", deadline=None)  # a busy machine is no failure
+settings.load_profile("no-deadline")
 
 CONFIG: dict[str, Any] = {
     "model_type": "llava_llada",

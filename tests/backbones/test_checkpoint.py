@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from probe.backbones import checkpoint as files
 from probe.backbones import backbones, facts_of, known_backbones, load, visual_count
+from probe.backbones import checkpoint as files
 from probe.errors import ProbeError
 
 

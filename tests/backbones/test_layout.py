@@ -54,7 +54,7 @@ def check_boxes(layout, views, slack):
     return cells, inside
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(20, 260), st.integers(20, 260))
 def test_boxes_of_tiles(width, height):
     tiling = Tiling(GEOMETRY, width, height)
@@ -72,7 +72,7 @@ def test_boxes_of_tiles(width, height):
         assert (grid[0, 1:-1, 0] >= grid[0, :-2, 2] - 1e-6).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(20, 260), st.integers(20, 260))
 def test_views_of_tiles(width, height):
     """A token's view is the tile that its centre lies in."""

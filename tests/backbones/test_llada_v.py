@@ -315,6 +315,20 @@ def test_special_ids(small, checkpoint, stand_in):
     assert model.with_pictures([7, IMAGE, 8], model.encode_images([Image.new("RGB", (30, 30))])).n_visual > 0
 
 
+def test_special_ids_are_found_by_their_strings(checkpoint, stand_in):
+    """The end and start of text may go by other names, which the tokenizer knows; the others may not."""
+    folder = checkpoint()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        data = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(data.replace(names.EOS.text, "<|end|>"), encoding="utf-8")
+    assert load(folder).special == stand_in
+    data = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text(data.replace(names.MASK.text, "<|hole|>"), encoding="utf-8")
+    with pytest.raises(ProbeError, match=r"lacks <\|mdm_mask\|>; give `special` ids"):
+        load(folder)
+    assert load(folder, special=stand_in).special == stand_in
+
+
 def test_language_model_alone(checkpoint):
     model = load(checkpoint(pictures=False))
     assert model.facts.encoder_layers == 0

@@ -61,6 +61,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def case(request: pytest.FixtureRequest) -> Any:
     """One case of the set that the test's `cases` mark names."""
     value = request.param
-    if isinstance(value, NoCases):
-        (pytest.skip if value.skip else pytest.fail)(value.reason)
+    if isinstance(value, NoCases) and value.skip:
+        pytest.skip(value.reason)
     return value
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Fail in the place of a test that has nothing to run on (in a fixture it would count as an error)."""
+    value = pyfuncitem.funcargs.get("case")
+    if isinstance(value, NoCases):
+        pytest.fail(value.reason, pytrace=False)
