@@ -618,7 +618,9 @@ def _contents(h5: h5py.File) -> Contents:
     hidden = {"CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_FillValue", "_Netcdf4Dimid"}
     columns = h5["checksums/variable"].asstr()[...].tolist() if "checksums/variable" in h5 else []
     order = {name: k for k, name in enumerate(columns)}  # as declared; HDF5 lists names alphabetically
-    names = [n for n in top if n not in scales and n not in TEXTS and n[2:] not in scales]
+    dims = {n: _dims(d) for n, d in arrays.items()}
+    own = {*TEXTS, *scales, *(f"n_{axis}" for axis in scales)}
+    names = [n for n in top if n not in own and dims[n][:1] == ("sample",)]
     return Contents(
         attrs={k: _plain(v) for k, v in h5.attrs.items()},
         axes={n: len(d) for n, d in top.items() if n in scales},
@@ -626,7 +628,7 @@ def _contents(h5: h5py.File) -> Contents:
         variables={n: _variable(n, top[n]) for n in sorted(names, key=lambda n: order.get(n, -1))},
         data={n: d for n, d in arrays.items() if not _is_bare(d)},
         notes={n: {k: _plain(v) for k, v in d.attrs.items() if k not in hidden} for n, d in arrays.items()},
-        dims={n: _dims(d) for n, d in arrays.items() if not _is_bare(d)},
+        dims={n: dims[n] for n, d in arrays.items() if not _is_bare(d)},
     )
 
 

@@ -80,7 +80,11 @@ class Trace:
             known = [*self.variables, *(n for n in self._data if "/" not in n and n not in self.variables)]
             raise ProbeError(f"{self.path.name} has no variable `{name}`; {nearest(name, known)}")
         data = self._data[name]
-        values = data.asstr(errors="replace")[index] if data.dtype == object else data[index]
+        try:
+            values = data.asstr(errors="replace")[index] if data.dtype == object else data[index]
+        except (OSError, RuntimeError, IndexError, ValueError, TypeError) as error:
+            why = str(error).split("\n", 1)[0]
+            raise ProbeError(f"{self.path.name}: `{name}` cannot be read ({why}); `probe verify` says more") from error
         return np.asarray(values, dtype=object) if data.dtype == object else np.asarray(values)
 
     # ---------------------------------------------------------------- one sample

@@ -102,8 +102,7 @@ def problems(trace: Trace, rows: Iterable[int] | None = None) -> list[str]:
         try:
             found += [f"{trace.path.name}, row {i}: {what}" for what in _row_problems(trace, i)]
         except Exception as error:  # damaged files fail in every way that a library can; each is a finding
-            why = str(error).split("\n", 1)[0]
-            found.append(f"{trace.path.name}, row {i}: cannot be read ({type(error).__name__}: {why})")
+            found.append(f"{trace.path.name}, row {i}: cannot be read ({type(error).__name__}: {error})")
     return found
 
 

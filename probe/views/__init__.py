@@ -1,0 +1,1 @@
+"""Views of a trace: terminal, plots, HTML."""
