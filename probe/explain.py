@@ -26,6 +26,9 @@ _SITES = {
     Site.PROJECTOR_OUTPUT: "the output of the projector",
 }
 
+WIDTH = 79
+"""Columns of the text: a plain terminal's."""
+
 _LASTS = {
     "forward": "this step only: at the next one the tokens are back, and are chosen anew wherever the probe acts",
     "generation": "the rest of the generation: later steps run without them, in every layer",
@@ -47,16 +50,17 @@ def explain(
     """
     nominal = recipe.generate.steps or steps
     table = compile_recipe(recipe, facts, vocabulary=vocabulary)
-    lines = [recipe.name + (f": {recipe.about}" if recipe.about else "")]
+    lines = [_row("", recipe.name + (f": {recipe.about}" if recipe.about else ""))]
     if recipe.paper:
-        lines.append(f"paper: {recipe.paper}")
+        lines.append(_row("paper: ", recipe.paper))
     length = f"{nominal} denoising steps" if nominal else "as many denoising steps as the task or the backbone sets"
     visual = "" if n_visual is None else f", {n_visual} visual tokens"
-    lines.append(f"on {facts.name} (layers 0..{facts.layers - 1}), {length}{visual}, data {recipe.data.source}")
+    model = f"{facts.name} (layers 0..{facts.layers - 1})"
+    lines.append(_row("on ", f"{model}, {length}{visual}, data {recipe.data.source}"))
     if recipe.dial:
         used = set(recipe.dials_used)
         shown = (f"{k} = {_value(v)}" + ("" if k in used else " (used nowhere)") for k, v in recipe.dial.items())
-        lines.append(f"dials: {', '.join(shown)}")
+        lines.append(_row("dials: ", ", ".join(shown)))
     if not table.probes:
         lines.append("no probes: the bare model runs")
     for number, (_, group) in enumerate(groupby(table.probes, key=lambda p: p.name), 1):
@@ -88,11 +92,12 @@ def _probe(
         if lasts:
             rows.append(("lasts", "; or ".join(_LASTS.get(word, word) for word in lasts)))
     verb = "intervenes" if first.edit is not None else "records"
-    return [f"{number}. {first.name} ({verb})", *(_row(name, words) for name, words in rows)]
+    title = textwrap.wrap(f"{number}. {first.name} ({verb})", WIDTH)
+    return [*title, *(_row(f"   {name:<8}", words) for name, words in rows)]
 
 
-def _row(name: str, words: str) -> str:
-    return textwrap.fill(words, 100, initial_indent=f"   {name:<8}", subsequent_indent=" " * 11)
+def _row(head: str, words: str) -> str:
+    return textwrap.fill(words, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False)
 
 
 def _each(calls: Sequence[tuple[int | None, Call]], nominal: int | None, leave_out: Iterable[str] = ()) -> str:
