@@ -59,10 +59,11 @@ def named_samples(root: Path) -> Iterator[tuple[str, Any]]:
 
 def batches(root: Path) -> Iterator[tuple[str, Any]]:
     for folder in folders(root):
-        sizes = next((c["image_sizes"] for c in table(folder) if "image_sizes" in c), None)
+        described = [c for c in table(folder) if "image_sizes" in c]
         for key in sorted(tensors(folder)):
             owner, _, quantity = key.partition(".")
-            if sizes and quantity == "input_attention_mask":
+            if described and quantity == "input_attention_mask":
+                sizes = next((c for c in described if owner in c.get("name", "")), described[0])["image_sizes"]
                 for wanted in BATCH:
                     if f"{owner}.{wanted}" in tensors(folder):
                         yield f"{folder.name}-{owner}-{wanted}", (folder, sizes, owner, wanted)
@@ -200,12 +201,13 @@ def test_tensors(case: Any, model_at: Any, prompt_of: Any, observed: Any, near: 
 
 @pytest.fixture(scope="module")
 def batch_of(model_at: Any) -> Callable[..., Spliced]:
-    """A padded batch: row i holds a picture of the i-th size, made of the first case's views."""
+    """A padded batch: row i holds a picture of the i-th size, made of the first row's picture's views."""
 
     @cache
     def once(folder: Path, sizes: tuple[tuple[int, int], ...], owner: str) -> Spliced:
         model, stored = model_at(folder), tensors(folder)
-        source = next(c for c in table(folder) if "image" in c)
+        pictures = [c for c in table(folder) if "image" in c]
+        source = next((c for c in pictures if tuple(c["size_wh"]) == sizes[0]), pictures[0])
         views, features = views_of(model, folder, source), []
         for size in sizes:
             layout = Tiled(Tiling(model.geometry, *size))
