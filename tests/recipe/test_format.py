@@ -140,7 +140,7 @@ PROBE = HEAD + "probes:\n  - name: p\n    at: {site: layer.input, layer: 2}\n   
         ),
         ("schema: 1", "schema: true", "x.yaml:1:9: `schema` should be 1"),
         ("name: a\n", "", "x.yaml:1:1: name: is missing"),
-        ("name: a\n", "name: ../a\n", "x.yaml:2:7: name: "),
+        ("name: a\n", "name: ../a\n", "x.yaml:2:7: name: cannot be a name: use letters"),
         ("name: a\n", "name: a\nprobe: []\n", "x.yaml:3:1: unknown key `probe`; did you mean `probes`?"),
         ("name: a\n", "name: a\ndial: [1]\n", "x.yaml:3:7: `dial` should be a mapping of names to values"),
         ("name: a\n", "name: a\ndial: {a-b: 1}\n", "x.yaml:3:8: `a-b` is no name for a dial"),
