@@ -166,7 +166,7 @@ def _takes_list(annotation: Any) -> bool:
 def layer_error(site: Site, layer: int | None, relative: int) -> str | None:
     """Why the attention of the layer `relative` to a probe's own cannot be had at its site, or None when it can."""
     if layer is None:
-        return f"attention is known only inside the layers, not at `{site}`; attach at `layer.input` or another site of a layer"
+        return f"attention is known only inside the layers, not at `{site}`; attach at a layer, such as `layer.input`"
     if relative > 0:
         return f"layer {layer + relative} has not run yet when layer {layer} does; use 0 or a negative number"
     if relative == 0 and site is Site.LAYER_INPUT:

@@ -116,7 +116,8 @@ def _sentence(item: Any, value: Any) -> str:
     if kind == "value_error":
         return str(context["error"])
     if kind == "string_pattern_mismatch":
-        return f"cannot be a name: use letters, digits, spaces and _ . + = @ , - (and / between parts), but is {describe(value)}"
+        allowed = "letters, digits, spaces and _ . + = @ , - (and / between parts)"
+        return f"cannot be a name: use {allowed}, but is {describe(value)}"
     bare = kind.removesuffix("_type").removesuffix("_parsing")
     if bare in _WANTED:
         hint = ""
