@@ -53,7 +53,9 @@ class Selection:
         """One place along an axis, which goes."""
         k = self.dims.index(axis)
         note = f"{axis} {self.labels[axis][place]}"
-        return self._without(k, self.values.take(place, axis=k), note)
+        shape = (*self.values.shape[:k], *self.values.shape[k + 1 :])
+        one = self.values[(*(slice(None),) * k, slice(place, place + 1))]
+        return self._without(k, one.reshape(shape), note)
 
     def mean(self, axis: str) -> Selection:
         """The mean along an axis, which goes. Of codes with names: the share of the first name."""
@@ -63,7 +65,9 @@ class Selection:
             code, name = next(iter(self.flags.items()))
             values = np.ma.MaskedArray((values.data == code).astype(float), mask=np.ma.getmaskarray(values))
             variable = replace_words(variable, flags=None, dtype="float64", units=f"share {name}")
-        averaged = np.ma.MaskedArray(values.astype(float).mean(axis=k))
+        with np.errstate(invalid="ignore"):  # infinities of both signs have no mean
+            averaged = np.ma.MaskedArray(values.astype(float).mean(axis=k))
+        averaged = np.ma.masked_where(np.isnan(averaged.data), averaged)
         return replace(self._without(k, averaged, note), variable=variable)
 
     def _without(self, k: int, values: np.ma.MaskedArray, note: str) -> Selection:
@@ -146,12 +150,12 @@ def _stack(trace: Trace, variable: Variable, rows: Sequence[int]) -> np.ma.Maske
     shape = np.max([p.shape for p in parts], axis=0).astype(int) if variable.dims else ()
     out = np.ma.MaskedArray(np.zeros((len(rows), *shape), parts[0].dtype), mask=True)
     for k, part in enumerate(parts):
-        out[(k, *(slice(n) for n in part.shape))] = part
+        out[(k, *(slice(n) for n in part.shape))] = part if part.ndim else part.item()
         recorded = trace.checksums(rows[k]).get(variable.name, 0) >= 0
         if not recorded:
             out[k] = np.ma.masked
     if out.dtype.kind == "f":
-        out = np.ma.masked_invalid(out)
+        out = np.ma.masked_where(np.isnan(out.data), out)
     return np.ma.MaskedArray(out)
 
 

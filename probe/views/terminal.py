@@ -1,7 +1,7 @@
 """What `probe show` prints: a trace on one screen, or a part of one variable as numbers, a heat map, CSV or JSON.
 
-Every cell of a map has a character that says its level, so that it reads without colour; colours are those of the
-cividis map, which people with colour-blindness see alike.
+Every cell of a map has a character that says its level, so that it reads without colour. Colours go from blue to
+orange, which differ for everyone and stand out on dark and on light terminals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from probe.views.selection import CODES_WITHOUT_NAMES, Pick, Selection, select
 LEVELS = "▁▂▃▄▅▆▇█"
 CODES = "█·▒░×o+#%&"
 MISSING = " "
-_CIVIDIS = ("#00224e", "#1f3a6b", "#434e6c", "#61636f", "#7f7c75", "#a09970", "#c5b861", "#f1da44")
+_BLUE_TO_ORANGE = ("#2f6fb7", "#4a7fb5", "#668bab", "#83908f", "#a09070", "#bd904b", "#d68c26", "#e68600")
 _OKABE_ITO = ("#009e73", "#56606b", "#e69f00", "#56b4e9", "#d55e00", "#cc79a7", "#f0e442", "#0072b2")
 _MOST_ROWS = 60  # of a map or a table; more are averaged, or cut
 _SAMPLED = 64  # rows of the file that the summary's statistics read, at most
@@ -118,12 +118,13 @@ class VariableTable:
         for name in ("min", "mean", "max"):
             table.add_column(name, justify="right", no_wrap=True)
         if wide:
-            table.add_column("what it is", overflow="ellipsis", no_wrap=True, ratio=1)
+            table.add_column("what it is", overflow="fold")
         rows = np.unique(np.linspace(0, max(0, trace.n_samples - 1), _SAMPLED).astype(int)).tolist()
         rows = rows[: trace.n_samples]
         for name, variable in trace.variables.items():
             axes = ", ".join(f"{axis}\N{NO-BREAK SPACE}{trace.axes.get(axis, '?')}" for axis in variable.dims)
-            cells = [name, axes or "—", variable.units, *_statistics(trace, variable, rows)]
+            unit = "" if variable.units == "1" else variable.units
+            cells = [name, axes or "—", unit, *_statistics(trace, variable, rows)]
             table.add_row(*map(Text, [*cells, variable.long_name] if wide else cells))
         note = f"Every sample has a value for each place along the axes. One of them: probe show {trace.path} NAME"
         if trace.n_samples > len(rows):
@@ -148,7 +149,8 @@ def _statistics(trace: Trace, variable: Variable, rows: Sequence[int]) -> tuple[
         return "", "" if math.isnan(share) else f"{100 * share:.0f} % {name}", ""
     if not len(values):
         return "", "no values", ""
-    mean = "" if variable.name in CODES_WITHOUT_NAMES else _number(float(values.mean()))
+    with np.errstate(invalid="ignore"):
+        mean = "" if variable.name in CODES_WITHOUT_NAMES else _number(float(values.mean()))
     return _number(float(values.min())), mean, _number(float(values.max()))
 
 
@@ -157,8 +159,8 @@ _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 def _number(value: float) -> str:
     """Three or four digits: `0.4963`, `12.3`, `125923`, `4.99 T`, `1.6e-05`."""
-    if math.isnan(value):
-        return "—"
+    if not math.isfinite(value):
+        return "—" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if abs(value) >= 1e6:
         prefix, size = next((p, s) for p, s in _PREFIXES if abs(value) >= s)
         return f"{value / size:.3g} {prefix}"
@@ -252,7 +254,8 @@ def _title(trace: Trace, chosen: Selection) -> Text:
         lines[0] += f"; shown: {' by '.join(axes)}"
     known = np.ma.compressed(chosen.values) if not chosen.is_text and not chosen.is_code else np.zeros(0)
     if known.size > 1:
-        least, mean, most = (_number(float(f(known))) for f in (np.min, np.mean, np.max))
+        with np.errstate(invalid="ignore"):
+            least, mean, most = (_number(float(f(known))) for f in (np.min, np.mean, np.max))
         lines.append(f"least {least}, mean {mean}, greatest {most}")
     if variable.formula:
         lines.append(f"formula: {variable.formula}")
@@ -386,6 +389,7 @@ class Grid:
 def _form(values: np.ma.MaskedArray) -> str:
     """A format under which the digits of a table stand below each other; empty if values differ too much in size."""
     known = np.abs(np.ma.compressed(values).astype(float))
+    known = known[np.isfinite(known)]
     if values.dtype.kind in "iu":
         return "d"
     largest = float(known.max(initial=0))
@@ -451,6 +455,7 @@ class Scale:
     def of(cls, chosen: Selection, values: np.ma.MaskedArray) -> Scale:
         """Ends at the least value and at the 99th percentile (one outlier would flatten all else), if that differs."""
         known = np.ma.compressed(values).astype(float)
+        known = known[np.isfinite(known)] if np.isfinite(known).any() else np.zeros(1)
         low, high, top = (float(f(known)) for f in (np.min, lambda x: np.percentile(x, 99), np.max))
         missing = bool(np.ma.getmaskarray(values).any())
         clipped = top - low > 2 * (high - low) > 0
@@ -465,15 +470,14 @@ class Scale:
             colour = _OKABE_ITO[place % len(_OKABE_ITO)]
             return CODES[place] if place < len(CODES) else "?", Style(color=colour)
         level = self.level(value)
-        light = level >= len(LEVELS) // 2
-        return LEVELS[level], Style(color="#ffffff" if not light else "#000000", bgcolor=_CIVIDIS[level])
+        return LEVELS[level], Style(color=_BLUE_TO_ORANGE[level])
 
     def level(self, value: float) -> int:
         """0 to 7."""
         if self.high <= self.low:
-            return 0
+            return len(LEVELS) - 1 if value > self.high else 0
         share = (value - self.low) / (self.high - self.low)
-        return int(min(len(LEVELS) - 1, max(0.0, share * len(LEVELS))))
+        return int(min(len(LEVELS) - 1.0, max(0.0, share * len(LEVELS))))
 
     def legend(self) -> Text:
         """What the characters mean."""
@@ -530,7 +534,8 @@ def to_csv(trace: Trace, name: str, **selection: Any) -> str:
 
 
 def to_json(trace: Trace, name: str, **selection: Any) -> str:
-    """The selection as JSON: description, axes with the names of their places, nested values (null: none)."""
+    """The selection as JSON: description, axes with the names of their places, nested values (null: none,
+    infinities as texts)."""
     chosen = select(trace, name, **selection)
     values = np.ma.MaskedArray(chosen.values).tolist()
     content = {
@@ -551,7 +556,9 @@ def to_json(trace: Trace, name: str, **selection: Any) -> str:
 def _without_nan(values: Any) -> Any:
     if isinstance(values, list):
         return [_without_nan(v) for v in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
+    if isinstance(values, float) and not math.isfinite(values):
+        return None if math.isnan(values) else str(values)
+    return values
 
 
 __all__ = ["render_summary", "render_variable", "to_csv", "to_json"]
