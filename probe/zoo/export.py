@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, SiglipVisionConfig
 
+LONG_ANSWER = 48  # tokens: what the loop is asked for when neither a task nor a recipe says otherwise
 TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 _PREFIXES = (("lm.", "model."), ("lm_head.", "lm_head."), ("projector.", "model.mm_projector."))
 
@@ -107,10 +108,12 @@ def export(
     weights = {k: v.detach().to(torch.float16).contiguous() for k, v in published_names(model, tower).items()}
     partial = folder / "model.safetensors.partial"
     save_file(weights, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # the writer makes it private
     os.replace(partial, folder / "model.safetensors")
     for name, fields in (
         ("config.json", language_fields(lm, vision, special)),
         ("vision_config.json", vision_fields(vision)),
+        ("generation_config.json", {"gen_length": LONG_ANSWER, "block_length": LONG_ANSWER, "steps": LONG_ANSWER // 2}),
     ):
         (folder / name).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):

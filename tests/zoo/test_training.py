@@ -135,7 +135,7 @@ def test_schedule_rises_stays_and_falls() -> None:
     assert schedule(1.0, 500) == pytest.approx(0.02)
 
 
-def test_the_last_fifth_trains_whole_sequences() -> None:
+def test_the_end_trains_whole_sequences() -> None:
     assert Plan.at(10, 0.5, Size()).packed
     late = Plan.at(10, 0.9, Size())
     assert not late.packed
