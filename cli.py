@@ -1,11 +1,14 @@
-"""The command line: parses, calls `probe.*`, prints. Nothing is computed here, and nothing heavy is imported for --help."""
+"""The command line: parses, calls `probe.*`, prints.
+
+Nothing is computed here, and nothing heavy is imported for --help.
+"""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,7 +35,8 @@ RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped recipe's name, or a trace to repeat.")
 ]
 BackboneOption = Annotated[
-    str | None, typer.Option("--backbone", "-b", help="Name, folder or Hub id; default: the recipe's, else `miniature`.")
+    str | None,
+    typer.Option("--backbone", "-b", help="Name, folder or Hub id; default: the recipe's, else `miniature`."),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -44,7 +48,9 @@ SetOption = Annotated[
 def run(
     recipe: RecipeArgument,
     backbone: BackboneOption = None,
-    data: Annotated[str | None, typer.Option(help="A task (see `probe backbones`) or a JSONL file of your own.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A task (see `probe backbones`) or a JSONL file of your own.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="One picture of your own, with --ask.")] = None,
     ask: Annotated[str | None, typer.Option(help="The question about --image.")] = None,
     sets: SetOption = None,
@@ -164,7 +170,7 @@ def show(
         if variable is None:
             out.print(terminal.render_summary(opened))
             return
-        picked = {"sample": sample, "step": step, "layer": layer, "head": head}
+        picked: dict[str, Any] = {"sample": sample, "step": step, "layer": layer, "head": head}
         if as_csv or as_json:
             write = terminal.to_csv if as_csv else terminal.to_json
             sys.stdout.write(write(opened, variable, **picked, mean=tuple(mean or ())))
@@ -199,9 +205,14 @@ def _load(recipe: str, sets: list[str] | None, *, backbone: str | None = None, d
     if backbone is not None:
         loaded = loaded.model_copy(update={"backbone": backbone})
     if data is not None:
-        source = {"task": None, "file": data} if data.endswith((".jsonl", ".json")) or Path(data).exists() else {
-            "task": data, "file": None,
-        }
+        source = (
+            {"task": None, "file": data}
+            if data.endswith((".jsonl", ".json")) or Path(data).exists()
+            else {
+                "task": data,
+                "file": None,
+            }
+        )
         loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=source)})
     return loaded
 
@@ -210,7 +221,14 @@ class _Display:
     """A progress bar on the terminal: which sample, which side, which step."""
 
     def __init__(self, name: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._bar = Progress(
             SpinnerColumn(),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from probe.recipe import load_recipe as load_recipe
     from probe.recipe import parse_recipe as parse_recipe
     from probe.runner import run as run
-    from probe.trace import open_trace as open
+    from probe.trace import open_trace as open  # noqa: F401
 
 _PUBLIC = {
     "ProbeError": "probe.errors:ProbeError",

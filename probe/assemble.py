@@ -49,7 +49,7 @@ ALWAYS: tuple[Variable, ...] = (
         dtype="float64",
     ),
     Variable("flops_total", (), "1", "executed FLOPs of the sample, scoring included", dtype="float64"),
-    Variable("peak_memory", (), "byte", "largest memory allocated on the device (CPU: of the process)", dtype="float64"),
+    Variable("peak_memory", (), "byte", "most memory allocated on the device (CPU: by the process)", dtype="float64"),
     Variable("prompt_length", (), "1", "positions before the answer", dtype="int32"),
 )  # fmt: skip
 """The variables of every trace: what the loop knows anyway."""
@@ -65,7 +65,9 @@ def recorded_variables(table: ProbeTable) -> list[Variable]:
     out: dict[str, Variable] = {}
     for probe in table.probes:
         for record in probe.records:
-            out.setdefault(record.name, _variable(record.name, record.signal.entry.name, constant(record.signal), probe.name))
+            out.setdefault(
+                record.name, _variable(record.name, record.signal.entry.name, constant(record.signal), probe.name)
+            )
     out.setdefault("confidence", _variable("confidence", "confidence", {}, ""))
     return list(out.values())
 

@@ -1,4 +1,4 @@
-"""The attention function of every backbone: a fast kernel for the output, and beside it only the rows that were asked for.
+"""The attention function of every backbone: a fast kernel for the output, and beside it only the rows asked for.
 
 Registered in transformers' attention registry as `probe` (the SDPA kernel) and `probe_eager` (plain matrix products,
 for counting FLOPs). A layer that nobody looks at pays one dictionary look-up. A layer that is looked at pays
@@ -85,9 +85,7 @@ def attention_rows(query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None
     return logits.softmax(-1)
 
 
-def _answer_requests(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
-) -> None:
+def _answer_requests(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     requests, timed = module.__dict__[_SLOT]
     with timed():
@@ -158,3 +156,8 @@ AttentionInterface.register("probe", _beside(sdpa_attention_forward))
 AttentionInterface.register("probe_eager", _beside(eager_attention))
 for _name in KERNELS.values():
     AttentionMaskInterface.register(_name, key_padding_mask)
+
+
+def kernel_name(implementation: str) -> str:
+    """The kernel as a user gives it, from the name in transformers' registry (others stay as they are)."""
+    return {registered: kernel for kernel, registered in KERNELS.items()}.get(implementation, implementation)

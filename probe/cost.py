@@ -1,4 +1,4 @@
-"""FLOPs from executed shapes: multiply-adds of matrix products and convolutions, two each, as torch's counter counts them.
+"""FLOPs from executed shapes: two per multiply-add of matrix products and convolutions, as torch's counter has it.
 
 Element-wise work (norms, softmax, rotary, activations) is not counted, there or here.
 """
@@ -93,4 +93,3 @@ def encoder_dims(config: Any, out_width: int) -> EncoderDims:
 def pairwise(tokens: int, width: int) -> int:
     """All cosine similarities of `tokens` vectors."""
     return 2 * tokens * tokens * width
-

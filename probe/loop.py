@@ -48,7 +48,8 @@ class Rule:
     def __post_init__(self) -> None:
         if self.gen_length < 1 or self.block_length < 1 or self.steps < 1:
             raise ProbeError(
-                f"gen_length {self.gen_length}, block_length {self.block_length} and steps {self.steps} must be at least 1"
+                f"gen_length {self.gen_length}, block_length {self.block_length} and steps {self.steps} "
+                "must be at least 1"
             )
         if self.gen_length % self.block_length:
             raise ProbeError(
@@ -96,7 +97,9 @@ class PassResult:
 class Forward(Protocol):
     """What the loop calls: model and probes behind one function."""
 
-    def __call__(self, request: Pass, /) -> PassResult: ...
+    def __call__(self, request: Pass, /) -> PassResult:
+        """Run one forward pass."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -201,9 +204,7 @@ def denoise(
             break
         counts = [schedule.linear(int((masked[b] & in_block).sum()), steps_per_block) for b in range(batch)]
         for step_in_block in range(steps_per_block):
-            active = [
-                not over[b] and _still_decoding(masked[b], in_block, numbers, stop_at[b]) for b in range(batch)
-            ]
+            active = [not over[b] and _still_decoding(masked[b], in_block, numbers, stop_at[b]) for b in range(batch)]
             if not any(active):
                 break
             limit = np.array([high if s is None else s for s in stop_at])
@@ -224,8 +225,12 @@ def denoise(
                 clock=clock,
                 canvas=canvas,
                 rows=rows,
-                masked=[[canvas.prompt_length[b] + int(i) for i in np.flatnonzero(m)] for b, m in enumerate(answer_masked)],
-                filled=[[canvas.prompt_length[b] + int(i) for i in np.flatnonzero(~m)] for b, m in enumerate(answer_masked)],
+                masked=[
+                    [canvas.prompt_length[b] + int(i) for i in np.flatnonzero(m)] for b, m in enumerate(answer_masked)
+                ],
+                filled=[
+                    [canvas.prompt_length[b] + int(i) for i in np.flatnonzero(~m)] for b, m in enumerate(answer_masked)
+                ],
                 guided=rule.cfg_scale > 0,
             )
             result = forward(request)
@@ -241,10 +246,7 @@ def denoise(
             if rule.temperature > 0:
                 where = drawn_over.locate(rows)
                 uniform = torch.stack(
-                    [
-                        _uniform_rows(noise[b], drawn_over.length[b], where[b], logits.shape[-1])
-                        for b in range(batch)
-                    ]
+                    [_uniform_rows(noise[b], drawn_over.length[b], where[b], logits.shape[-1]) for b in range(batch)]
                 ).to(device)
             candidate = unmask.propose(logits, rule.temperature, uniform)
             sure = unmask.confidence(logits, candidate)
@@ -284,9 +286,7 @@ def denoise(
                 if active[b] and rule.stop:
                     stop_at[b] = stop.search(host_tokens[b, first_answer:].tolist(), rule.stop, stop_at[b])
 
-    output = [
-        host_tokens[b, first_answer:][: stop_at[b]].tolist() + list(rule.suffix) for b in range(batch)
-    ]
+    output = [host_tokens[b, first_answer:][: stop_at[b]].tolist() + list(rule.suffix) for b in range(batch)]
     yield Finished(output=output, stop_at=stop_at, passes=passes, canvas=canvas)
 
 
@@ -300,6 +300,4 @@ def _still_decoding(masked: np.ndarray, in_block: np.ndarray, numbers: np.ndarra
 def _stray_prompt_slots(canvas: Canvas, mask_embed: Tensor) -> list[list[int]]:
     """Slots (negative numbers) of prompt rows that the published rule takes for masked: equal to the mask embedding."""
     close = ((canvas.embeds - mask_embed).abs() < 1e-5).all(-1).cpu()
-    return [
-        [int(r) - p for r in close[b, :p].nonzero()[:, 0]] for b, p in enumerate(canvas.prompt_length)
-    ]
+    return [[int(r) - p for r in close[b, :p].nonzero()[:, 0]] for b, p in enumerate(canvas.prompt_length)]

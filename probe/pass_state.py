@@ -75,7 +75,9 @@ class PassState:
         self._wanted: dict[int, set[Attended]] = {}
         self._records: dict[Attended, list[tuple[str, Call]]] = {}
         self._under_way: dict[Attended, _Gathering] = {}
+        self._scored: set[Attended] = set()
         self._received: dict[Attended, Tensor] = {}
+        self._rows: dict[QuerySet, tuple[Layout, tuple[Tensor, Tensor] | None]] = {}
         self._ordinal = {p.name: i for i, p in enumerate(tracer.table.probes)}
 
     def timed(self) -> AbstractContextManager[None]:
@@ -128,9 +130,16 @@ class PassState:
                     params = score.params(self.clock)
                     layer = probe.layer + params.get("layer", 0)
                     self._wanted.setdefault(layer, set()).add(_attended(layer, params))
+                    self._scored.add(_attended(layer, params))
 
     def _query_rows(self, queries: QuerySet) -> tuple[Tensor, Tensor] | None:
         """`(rows (batch, q), weight (batch, q))` in the current layout; weights sum to 1. None if a set is empty."""
+        known = self._rows.get(queries)
+        if known is None or known[0] is not self.layout:
+            self._rows[queries] = known = (self.layout, self._find_rows(queries))
+        return known[1]
+
+    def _find_rows(self, queries: QuerySet) -> tuple[Tensor, Tensor] | None:
         layout, canvas = self.layout, self.canvas
         device = layout.row.device
         if queries == "visual":
@@ -189,15 +198,13 @@ class PassState:
                         "key_visual": self.layout.visual,
                         "n_visual": n_visual,
                     }
-                    value = signal.entry.function(
-                        *(given[n] for n in signal.entry.needs), **signal.params(self.clock)
-                    )
+                    value = signal.entry.function(*(given[n] for n in signal.entry.needs), **signal.params(self.clock))
                     self.tracer.recorder.add(name, self.clock.pass_index, layer, value)
-                by_token = torch.full((*received.shape[:2], n_visual + 1), torch.nan, device=received.device)
-                index = self.layout.visual.where(self.layout.visual >= 0, n_visual)
-                self._received[key] = by_token.scatter_(
-                    2, index[:, None].expand(-1, received.shape[1], -1), received
-                )
+                if key in self._scored:
+                    by_token = torch.full((*received.shape[:2], n_visual + 1), torch.nan, device=received.device)
+                    index = self.layout.visual.where(self.layout.visual >= 0, n_visual)
+                    index = index[:, None].expand(-1, received.shape[1], -1)
+                    self._received[key] = by_token.scatter_(2, index, received)
 
     # -- edits --------------------------------------------------------------------------------------------------
 

@@ -14,16 +14,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 
 from probe import data
 from probe.assemble import ALWAYS, coordinates, recorded_variables
+from probe.attend import kernel_name
 from probe.backbones import load
 from probe.backbones.base import Backbone
 from probe.compile import ProbeTable, compile_recipe
+from probe.decoding.unmask import Remasking
 from probe.errors import ProbeError
 from probe.generate import Generated, OnStep, generate
 from probe.loop import Rule, Step
@@ -33,6 +37,10 @@ from probe.summary import Row, summarise
 from probe.timing import Stopwatch
 from probe.trace import TraceWriter
 from probe.trace_schema import SampleRecord, TraceHeader, Variable
+from probe.views.picture import draw_run
+
+DEFAULT_LIMIT = 24
+"""Samples of a task when neither the recipe nor the command says how many: tasks have no end."""
 
 OnProgress = Callable[["Progress"], None]
 
@@ -91,8 +99,8 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
     steps = own.steps or (in_proportion if changed else base["steps"])
     stop = own.stop if own.stop is not None else (backbone.defaults.stop if pictures else ())
     remasking = own.remasking or "low_confidence"
-    if remasking not in ("low_confidence", "random"):
-        raise ProbeError(f"generate.remasking is `{remasking}`; known: low_confidence, random")
+    if remasking not in get_args(Remasking):
+        raise ProbeError(f"generate.remasking is `{remasking}`; known: {', '.join(get_args(Remasking))}")
     return Rule(
         gen_length=gen_length,
         block_length=block_length,
@@ -100,7 +108,7 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
         mask_id=backbone.special.mask,
         suppressed=backbone.special.suppressed,
         temperature=own.temperature or 0.0,
-        remasking=remasking,
+        remasking=cast(Remasking, remasking),
         cfg_scale=own.cfg_scale or 0.0,
         stop=tuple(tuple(backbone.tokenize(s)) for s in stop),
         suffix=tuple(backbone.tokenize(own.suffix)) if own.suffix else (),
@@ -108,13 +116,18 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
 
 
 def samples_of(recipe: Recipe, limit: int | None = None) -> Iterator[data.Sample | ProbeError]:
-    """The recipe's samples; one that cannot be read is yielded as its error, and reading goes on."""
+    """The recipe's samples; one that cannot be read is yielded as its error, and reading goes on.
+
+    What concerns all of them (no such task, no such file, a wrong line in it) raises `ProbeError` at once.
+    """
     limit = limit if limit is not None else recipe.data.limit
-    source = (
-        data.from_jsonl(recipe.data.file)
-        if recipe.data.file is not None
-        else data.load(recipe.data.source, limit if limit is not None else 24)
-    )
+    if recipe.data.file is not None:
+        return _reading(data.from_jsonl(recipe.data.file), limit)
+    limit = DEFAULT_LIMIT if limit is None else limit
+    return _reading(data.load(recipe.data.source, limit), limit)
+
+
+def _reading(source: Iterator[data.Sample], limit: int | None) -> Iterator[data.Sample | ProbeError]:
     count = 0
     while limit is None or count < limit:
         try:
@@ -149,7 +162,6 @@ def run(
     A sample that fails is recorded with its reason, and the run goes on. Raises `ProbeError` for anything that
     concerns the run as a whole, before a file is made.
     """
-    started = recipe
     if seed is not None:
         recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"seed": seed})})
     seed = recipe.generate.seed
@@ -159,13 +171,27 @@ def run(
     with_baseline = intervenes and (recipe.run.baseline if baseline is None else baseline)
     records = any(p.records for p in table.probes) or bool(code_probes)
     timed = recipe.run.time if timed is None else timed
-    source: Iterator[data.Sample | ProbeError] = iter(samples[:limit]) if samples is not None else samples_of(recipe, limit)
+    source: Iterator[data.Sample | ProbeError] = (
+        iter(samples[:limit]) if samples is not None else samples_of(recipe, limit)
+    )
     total = len(samples[:limit]) if samples is not None else (limit or recipe.data.limit)
+    # whatever concerns every sample is said before a file is made
+    opening = next(source, None)
+    if opening is None:
+        raise ProbeError(f"there are no samples in {recipe.data.source}")
+    if isinstance(opening, data.Sample):
+        rule_for(backbone, recipe, opening.generate, pictures=bool(opening.images))
+    source = chain([opening], source)
     folder = output_folder(recipe.name, out, resume=resume)
 
     def side(label: str, r: Recipe, path: Path) -> _Side:
         return _Side(
-            label, r, compile_recipe(r, backbone.facts), compile_recipe(r.without_recording(), backbone.facts), path, records
+            label,
+            r,
+            compile_recipe(r, backbone.facts),
+            compile_recipe(r.without_recording(), backbone.facts),
+            path,
+            records,
         )
 
     sides = [side(recipe.name, recipe, folder / f"{recipe.name}.trace.h5")]
@@ -175,9 +201,7 @@ def run(
     failed = count = 0
     notes: list[str] = []
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(_writer(s, backbone, seed, command, code_probes, resume=resume)) for s in sides
-        ]
+        writers = [stack.enter_context(_writer(s, backbone, seed, command, code_probes, resume=resume)) for s in sides]
         for number, item in enumerate(source):
             count += 1
             if all(number in w.done for w in writers):
@@ -186,9 +210,16 @@ def run(
                 if isinstance(item, ProbeError):
                     raise item
                 results = _one_sample(
-                    backbone, sides, item, number, seed,
-                    timed=timed and records, code_probes=code_probes, total=total, on_progress=on_progress,
-                )  # fmt: skip
+                    backbone,
+                    sides,
+                    item,
+                    number,
+                    seed,
+                    timed=timed and records,
+                    code_probes=code_probes,
+                    total=total,
+                    on_progress=on_progress,
+                )
             except KeyboardInterrupt:
                 raise
             except Exception as error:
@@ -204,8 +235,6 @@ def run(
             for s, writer, result in zip(sides, writers, results, strict=True):
                 if number not in writer.done:
                     writer.write(_record(s, backbone, item, number, result, pictures=recipe.trace.pictures))
-        if count == 0:
-            raise ProbeError(f"there are no samples in {started.data.source}")
     rows = summarise([s.path for s in sides], [s.label for s in sides])
     if intervenes and rows[-1].untouched:
         notes.append(
@@ -219,6 +248,9 @@ def run(
         failed=failed,
         samples=count,
         notes=tuple(notes),
+        picture=draw_run(
+            sides[0].path if with_baseline else None, sides[-1].path, sides[-1].path.with_suffix("").with_suffix(".png")
+        ),
     )
 
 
@@ -237,7 +269,9 @@ def output_folder(name: str, out: str | Path | None, *, resume: bool) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ProbeError(f"cannot make the folder {folder} for the traces: {error.strerror}; name another with --out") from None
+        raise ProbeError(
+            f"cannot make the folder {folder} for the traces: {error.strerror}; name another with --out"
+        ) from None
     return folder
 
 
@@ -271,9 +305,16 @@ def _one_sample(
 
         report: OnStep | None = on_step if told else None
         return generate(
-            backbone, [prompt], rule, table, seed=seed, samples=[number],
-            encode_flops=[encode_flops], code_probes=code, on_step=report,
-        )[0]  # fmt: skip
+            backbone,
+            [prompt],
+            rule,
+            table,
+            seed=seed,
+            samples=[number],
+            encode_flops=[encode_flops],
+            code_probes=code,
+            on_step=report,
+        )[0]
 
     results = [one(s, s.table if keeps_signals else s.bare, code_probes if keeps_signals else (), True) for s in sides]
     bare = [one(s, s.bare, (), False) for s in sides] if timed else [None] * len(sides)
@@ -325,9 +366,14 @@ def _write_failed(writers: Sequence[TraceWriter], sample: data.Sample, number: i
         if number not in writer.done:
             writer.write(
                 SampleRecord(
-                    sample=number, sample_id=sample.id, task=sample.task, question=sample.question,
-                    references=tuple(sample.answers), metric=sample.metric, failed=reason,
-                )  # fmt: skip
+                    sample=number,
+                    sample_id=sample.id,
+                    task=sample.task,
+                    question=sample.question,
+                    references=tuple(sample.answers),
+                    metric=sample.metric,
+                    failed=reason,
+                )
             )
 
 
@@ -343,7 +389,7 @@ def _writer(
         backbone=backbone.source,
         weights_revision=backbone.revision,
         dtype=str(next(backbone.parameters()).dtype).removeprefix("torch."),
-        attention_kernel=str(backbone.lm.config._attn_implementation),
+        attention_kernel=kernel_name(cast(Any, backbone.lm).config._attn_implementation),
         device=str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         seed=seed,
         versions={
@@ -365,7 +411,9 @@ def pick_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.split(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ProbeError(f"device `{device}` was asked for, but torch {torch.__version__} sees no CUDA device here; use cpu")
+        raise ProbeError(
+            f"device `{device}` was asked for, but torch {torch.__version__} sees no CUDA device here; use cpu"
+        )
     if kind not in ("cpu", "cuda", "mps"):
         raise ProbeError(f"there is no device `{device}`; known: auto, cpu, cuda, cuda:0, mps")
     return device

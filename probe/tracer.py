@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from probe.backbones.base import Backbone
@@ -113,7 +112,9 @@ def attach(backbone: Backbone, state: PassState, probes: Sequence[BoundProbe]) -
         between = edits.get((Site.LAYER_AFTER_ATTENTION, i), [])
         at_output = edits.get((Site.LAYER_OUTPUT, i), [])
 
-        def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i, at_input: Any = at_input) -> Any:
+        def enter(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i, at_input: Any = at_input
+        ) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             with state.timed():
                 hidden, kwargs = state.enter_layer(i, hidden, kwargs, at_input)

@@ -134,6 +134,7 @@ class LladaV(Backbone):
         with checkpoint.tensors(str(device)) as weights:
             stored = weights.read(EMBEDDING, 1).dtype if EMBEDDING in weights.shapes else torch.float32
             model._take(weights, checkpoint, rows, choose_dtype(dtype, stored, torch.device(device)))
+        model.defaults = replace(cls.defaults, **names.generation_lengths(checkpoint.folder))
         return model
 
     def _take(self, weights: Tensors, checkpoint: Checkpoint, rows: int, dtype: torch.dtype) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from probe.backbones.anyres import Geometry, Tiling, geometry_of
@@ -162,3 +164,15 @@ def tokenizer_length(checkpoint: Checkpoint) -> int | None:
     from tokenizers import Tokenizer
 
     return int(Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True))
+
+
+def generation_lengths(folder: Path) -> dict[str, Any]:
+    """What an optional `generation_config.json` says of `gen_length`, `block_length` and `steps`."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ProbeError(f"{path} is not JSON: {error}") from None
+    return {k: told[k] for k in ("gen_length", "block_length", "steps") if isinstance(told.get(k), int)}

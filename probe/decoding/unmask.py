@@ -50,6 +50,8 @@ def select(score: Tensor, eligible: Tensor, counts: Sequence[int]) -> Tensor:
     """
     ranked = score.masked_fill(~eligible | score.isnan(), -torch.inf)
     order = ranked.sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     budget = torch.tensor(counts, device=score.device)[:, None]
     return (rank < budget) & eligible

@@ -22,9 +22,7 @@ Lasts = Literal["forward", "generation"]
 
 
 @operations.register
-def drop(
-    kept: Tensor, *, positions: Positions = "keep", order: Order = "raster", lasts: Lasts = "forward"
-) -> Plan:
+def drop(kept: Tensor, *, positions: Positions = "keep", order: Order = "raster", lasts: Lasts = "forward") -> Plan:
     """Take the other tokens out of the sequence."""
     return Plan(kept, Fate.DROPPED)
 
@@ -37,5 +35,5 @@ def withdraw(kept: Tensor, *, positions: Positions = "keep", lasts: Lasts = "for
 
 @operations.register
 def mask(kept: Tensor, *, lasts: Lasts = "forward") -> Plan:
-    """Hide the keys of the other tokens and remove nothing: the same logits as `drop` with positions kept, no saving."""
+    """Hide the keys of the other tokens, remove nothing: the logits of `drop` with positions kept, no saving."""
     return Plan(kept, Fate.MASKED)

@@ -1,10 +1,10 @@
 """Scores: how much each visual token of one sample is worth. Pure functions; higher means keep.
 
 Positional parameters are the tensors that a score needs, of one sample with n alive visual tokens: `hidden (n, width)`
-at the probe's site, `embedding (n, width)` as they entered the language model, `received (head, n)` float32: the
-attention that each token receives in the layer that `layer` names, averaged over the query rows, `n` itself, `generator` seeded per sample, probe and step. They return `(n,)`
-float32, or `(n, n)` where the recipe asks for all pairs. A score with matrix products of its own says what they cost:
-`@scores.register(flops=function of (n, width))`.
+at the probe's site; `embedding (n, width)` as they entered the language model; `received (head, n)` float32, the
+attention that each token receives in the layer that `layer` names, averaged over the query rows; `n` itself;
+`generator`, seeded per sample, probe and step. They return `(n,)` float32, or `(n, n)` where the recipe asks for all
+pairs. A score with matrix products of its own says what they cost: `@scores.register(flops=function of (n, width))`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ def _keep(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("keep must be a share like 0.25 or 25%, or a number of tokens like 64")
     if isinstance(value, float) and not 0 <= value <= 1:
-        raise ValueError(f"a share to keep lies between 0 and 1, not {value}; a number of tokens is written as an integer")
+        raise ValueError(
+            f"a share to keep lies between 0 and 1, not {value}; a number of tokens is written as an integer"
+        )
     if isinstance(value, int) and value < 0:
         raise ValueError(f"cannot keep {value} tokens")
     return value

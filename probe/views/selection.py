@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -147,10 +148,11 @@ def _stack(trace: Trace, variable: Variable, rows: Sequence[int]) -> np.ma.Maske
     parts = [_plain(trace.row(variable.name, r)) for r in rows]
     if not parts:
         return np.ma.MaskedArray(np.zeros((0, *(trace.axes.get(a, 0) for a in variable.dims))))
-    shape = np.max([p.shape for p in parts], axis=0).astype(int) if variable.dims else ()
+    shape = tuple(max(p.shape[k] for p in parts) for k in range(parts[0].ndim))
     out = np.ma.MaskedArray(np.zeros((len(rows), *shape), parts[0].dtype), mask=True)
     for k, part in enumerate(parts):
-        out[(k, *(slice(n) for n in part.shape))] = part if part.ndim else part.item()
+        place: tuple[Any, ...] = (k, *(slice(n) for n in part.shape))
+        out[place] = part if part.ndim else part.item()
         recorded = trace.checksums(rows[k]).get(variable.name, 0) >= 0
         if not recorded:
             out[k] = np.ma.masked

@@ -15,7 +15,7 @@ _SAID: dict[Site, str] = {
     Site.LAYER_ATTENTION: "the attention rows of layer i",
     Site.LAYER_AFTER_ATTENTION: "the residual stream between attention and MLP",
     Site.LAYER_OUTPUT: "what leaves layer i",
-    Site.FINAL: "after the final norm (edits take effect with the next step)",
+    Site.FINAL: "after the final norm; edits act from the next step on",
     Site.LOGITS: "rows of the answer through the head",
 }
 
@@ -39,10 +39,11 @@ def render_sites(name: str) -> RenderableType:
         Site.LOGITS: "head",
     }
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("site", "module (nnsight: model.…)", "may intervene", "what it is"):
-        table.add_column(column)
+    for column in ("site", "module, as nnsight spells it", "edits", "what it is"):
+        table.add_column(column, overflow="fold")
     for site, said in _SAID.items():
-        table.add_row(str(site), behind[site], "yes" if site in EDIT_SITES else "", said)
+        cells = (str(site), behind[site], "yes" if site in EDIT_SITES else "", said)
+        table.add_row(*(Text(cell) for cell in cells))
     facts = backbone.facts
     return Group(
         Text(

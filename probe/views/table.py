@@ -36,8 +36,8 @@ def render_table(result: RunResult) -> RenderableType:
     """Baseline against recipe, and where the traces are. Fits 80 columns."""
     base = result.rows[0]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    table.add_column("run", overflow="fold")
-    for name in ("n", "score", "agrees", "s/sample", "speed", "FLOPs", "of base", "visual tokens"):
+    table.add_column("run", no_wrap=True)
+    for name in ("n", "score", "agrees", "seconds", "speed", "FLOPs", "ratio", "visual tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
         first = row is base
@@ -58,8 +58,8 @@ def render_table(result: RunResult) -> RenderableType:
     lines: list[RenderableType] = [
         table,
         Text(
-            "score: mean and half of its 95% interval; agrees: share of answer tokens equal to the unpruned run's;\n"
-            "s/sample: with nothing recorded; visual tokens: mean over layers and steps",
+            "score: mean and half of its 95% interval; agrees: answer tokens equal to the unpruned run's;\n"
+            "seconds, FLOPs: per sample, with nothing recorded; visual tokens: mean over layers and steps",
             style="dim",
         ),
     ]

@@ -47,7 +47,7 @@ def render_summary(trace: Trace) -> RenderableType:
     facts.add_row("trace", Text(f"{trace.path}  ({_amount(size, 'byte')}, {state})"))
     words = [f"hash {head.recipe_hash[:12]}" if head.recipe_hash else "", f"seed {head.seed}", head.created]
     facts.add_row("recipe", Text(_joined(head.recipe_name, words)))
-    words = [head.weights_revision and f"revision {head.weights_revision}", head.dtype, head.attention_kernel]
+    words = [head.weights_revision and f"revision {head.weights_revision[:12]}", head.dtype, head.attention_kernel]
     facts.add_row("backbone", Text(_joined(head.backbone, [*words, head.device])))
     tasks = ", ".join(t for t in numbers["tasks"] if t)
     failed = f", {numbers['n_failed']} failed" if numbers["n_failed"] else ""
@@ -126,7 +126,7 @@ class VariableTable:
             unit = "" if variable.units == "1" else variable.units
             cells = [name, axes or "—", unit, *_statistics(trace, variable, rows)]
             table.add_row(*map(Text, [*cells, variable.long_name] if wide else cells))
-        note = f"Every sample has a value for each place along the axes. One of them: probe show {trace.path} NAME"
+        note = f"mean: of the samples' own means. One variable: probe show {trace.path} NAME"
         if trace.n_samples > len(rows):
             note += f"\nStatistics are over {len(rows)} of the {trace.n_samples} samples."
         yield table
@@ -135,23 +135,24 @@ class VariableTable:
 
 
 def _statistics(trace: Trace, variable: Variable, rows: Sequence[int]) -> tuple[str, str, str]:
-    """Least, mean and greatest value; of codes with names, the share of the first name."""
+    """Least value, mean over samples of each one's mean, greatest; of codes with names, the share of the first."""
     try:
         recorded = [r for r in rows if trace.checksums(r).get(variable.name, 0) >= 0]
-        parts = [np.ravel(trace.row(variable.name, r)) for r in recorded]
-        values = np.concatenate(parts).astype(float) if parts else np.zeros(0)
+        parts = [np.ravel(trace.row(variable.name, r)).astype(float) for r in recorded]
     except Exception:  # an odd or damaged variable must not hide the others; `probe verify` says what is wrong
         return "?", "unreadable", "?"
-    values = values[~np.isnan(values)]
-    if variable.flags:
-        name, code = next(iter(variable.flags.items()))
-        share = np.mean(values[values != variable.fill_value] == code) if len(values) else math.nan
-        return "", "" if math.isnan(share) else f"{100 * share:.0f} % {name}", ""
-    if not len(values):
+    flags = variable.flags or {}
+    parts = [p[~np.isnan(p)] if not flags else p[p != variable.fill_value] for p in parts]
+    parts = [p for p in parts if len(p)]
+    if not parts:
         return "", "no values", ""
-    with np.errstate(invalid="ignore"):
-        mean = "" if variable.name in CODES_WITHOUT_NAMES else _number(float(values.mean()))
-    return _number(float(values.min())), mean, _number(float(values.max()))
+    if flags:
+        name, code = next(iter(flags.items()))
+        return "", f"{100 * float(np.mean([np.mean(p == code) for p in parts])):.1f} % {name}", ""
+    with np.errstate(invalid="ignore"):  # infinities
+        mean = float(np.mean([p.mean() for p in parts]))
+    least, most = min(float(p.min()) for p in parts), max(float(p.max()) for p in parts)
+    return _number(least), "" if variable.name in CODES_WITHOUT_NAMES else _number(mean), _number(most)
 
 
 _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
@@ -513,7 +514,7 @@ def _tidy(chosen: Selection) -> Iterator[tuple[tuple[str, ...], Any]]:
     data = np.ma.getdata(chosen.values)
     for place in np.ndindex(*data.shape):
         if not mask[place]:
-            value = data[place]
+            value: Any = data[place]
             value = value.item() if isinstance(value, np.generic) else value
             where = tuple(chosen.labels[axis][k] for axis, k in zip(chosen.dims, place, strict=True))
             yield where, chosen.flags.get(value, value) if chosen.flags else value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from probe.attend import CHUNK, RowRequest, ask, attention_rows, eager_attention, forget
-from transformers import AttentionInterface
 
 
 def tensors(heads: int, kv_heads: int, length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,7 +45,9 @@ def test_head_mean_form_averages_logits_before_one_softmax(heads: int, kv_heads:
     logits = q @ k.repeat_interleave(heads // kv_heads, 1).transpose(2, 3) * 8**-0.5
     square = logits.mean(1).softmax(-1)
     expected = torch.stack([square[b, rows[b]] for b in range(2)])[:, None]
-    torch.testing.assert_close(attention_rows(q, k, rows, None, 8**-0.5, "head_mean_logits"), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        attention_rows(q, k, rows, None, 8**-0.5, "head_mean_logits"), expected, atol=1e-6, rtol=1e-5
+    )
 
 
 def test_requests_come_in_chunks_and_never_form_the_square() -> None:

@@ -47,7 +47,9 @@ def test_an_edit_does_change_something(tiny: LladaV, prompts_for: Any, run_probe
 
 
 @pytest.mark.parametrize("edit", [e for e in EDITS if "do: {drop" in EDITS[e] and "compact" not in EDITS[e]])
-def test_masking_equals_dropping_with_positions_kept(edit: str, tiny: LladaV, prompts_for: Any, run_probes: Any) -> None:
+def test_masking_equals_dropping_with_positions_kept(
+    edit: str, tiny: LladaV, prompts_for: Any, run_probes: Any
+) -> None:
     prompts = prompts_for(tiny, 2)
     lasts = "generation" if "lasts: generation" in EDITS[edit] else "forward"
     text = EDITS[edit].split("  do:")[0] + f"  do: {{mask: {{lasts: {lasts}}}}}\n"
@@ -80,8 +82,12 @@ def test_a_batch_equals_its_samples_one_by_one(edit: str, tiny: LladaV, prompts_
             np.testing.assert_array_equal(together[i].arrays[name], alone.arrays[name], err_msg=name)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"remasking": "random"}, {"temperature": 1.0, "remasking": "random"}])
-def test_noise_does_not_depend_on_the_batch(settings: dict[str, Any], tiny: LladaV, prompts_for: Any, run_probes: Any) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.7}, {"remasking": "random"}, {"temperature": 1.0, "remasking": "random"}]
+)
+def test_noise_does_not_depend_on_the_batch(
+    settings: dict[str, Any], tiny: LladaV, prompts_for: Any, run_probes: Any
+) -> None:
     prompts = prompts_for(tiny, 2)
     together = run_probes(tiny, prompts, NOTHING, samples=[4, 9], **settings)
     for i, number in enumerate([4, 9]):
@@ -154,7 +160,9 @@ def test_guided_stream_shares_the_plan(tiny: LladaV, prompts_for: Any, run_probe
     assert all((o.arrays["visual_tokens"][:, -1] < o.arrays["visual_tokens"][:, 0]).all() for o in out)
     plain = run_probes(tiny, prompts_for(tiny, 2), EDITS["fastv"] + RECORD)
     # the first step's conditional stream is the same with and without guidance
-    np.testing.assert_allclose(out[0].arrays["visual_importance"][0], plain[0].arrays["visual_importance"][0], atol=1e-6)
+    np.testing.assert_allclose(
+        out[0].arrays["visual_importance"][0], plain[0].arrays["visual_importance"][0], atol=1e-6
+    )
 
 
 def test_same_seed_same_answer(tiny: LladaV, prompts_for: Any, run_probes: Any) -> None:

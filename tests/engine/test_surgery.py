@@ -15,7 +15,9 @@ def layouts(draw: st.DrawFn) -> Layout:
     """Batches of sequences with visual tokens anywhere."""
     roles, visuals = [], []
     for _ in range(draw(st.integers(1, 3))):
-        kinds = draw(st.lists(st.sampled_from([Role.SYSTEM, Role.VISUAL, Role.NEWLINE, Role.QUESTION]), min_size=1, max_size=12))
+        kinds = draw(
+            st.lists(st.sampled_from([Role.SYSTEM, Role.VISUAL, Role.NEWLINE, Role.QUESTION]), min_size=1, max_size=12)
+        )
         seen, visual = 0, []
         for kind in kinds:
             is_visual = kind in (Role.VISUAL, Role.NEWLINE)
@@ -110,7 +112,9 @@ def test_hiding_marks_the_same_rows_that_dropping_removes(layout: Layout, data: 
 def test_a_plan_said_over_another_layout_names_the_same_tokens(layout: Layout, data: st.DataObject) -> None:
     first, _ = narrow(layout, choose(data, layout))
     for b, n in enumerate(first.n_visual):
-        kept = torch.tensor(data.draw(st.lists(st.integers(0, max(n - 1, 0)), unique=True, max_size=n)) if n else [], dtype=torch.int64)
+        kept = torch.tensor(
+            data.draw(st.lists(st.integers(0, max(n - 1, 0)), unique=True, max_size=n)) if n else [], dtype=torch.int64
+        )
         plan = Plan(kept, Fate.DROPPED)
         said = replan(plan, first, layout, b)
         wanted = first.visual[b, first.visual_rows[b]][kept].tolist()

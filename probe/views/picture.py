@@ -1,0 +1,167 @@
+"""A run as a picture: what the model was shown, which visual tokens it kept, what it answered. Pillow only."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from probe.site import Fate, Role
+from probe.trace import Trace, open_trace
+
+PANEL = 264
+GAP = 14
+TEXT_LINES = 5
+INK, DIM, PAPER = (34, 34, 40), (110, 110, 118), (255, 255, 255)
+# Okabe-Ito: distinguishable with any colour vision
+RIGHT, WRONG, FRAME = (0, 114, 178), (213, 94, 0), (0, 158, 115)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def kept_panel(picture: Image.Image, box: np.ndarray, kept: np.ndarray, size: int = PANEL) -> Image.Image:
+    """The picture with the regions of dropped tokens greyed out.
+
+    `box (visual, 4)` as shares of the picture, NaN for tokens that see none; `kept (visual,)` boolean. The base view
+    covers everything coarsely, so only the finest view that exists is painted; kept base tokens get a thin frame.
+    Without boxes the picture is shown as it is.
+    """
+    scale = size / max(picture.size)
+    w, h = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    image = picture.convert("RGB").resize((w, h), Image.Resampling.LANCZOS)
+    if not len(box):
+        return _padded(image, size)
+    seen = ~np.isnan(box).any(1)
+    area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+    fine = seen & (area <= np.nanmin(area[seen]) * 1.5) if seen.any() else seen
+    grey = image.convert("L").convert("RGB").point(lambda v: round(0.32 * v + 158))
+    stay = Image.new("L", (w, h), 0)
+    pen = ImageDraw.Draw(stay)
+    for x0, y0, x1, y1 in box[fine & kept]:
+        pen.rectangle((round(x0 * w), round(y0 * h), round(x1 * w) - 1, round(y1 * h) - 1), fill=255)
+    image = Image.composite(image, grey, stay)
+    pen = ImageDraw.Draw(image)
+    for x0, y0, x1, y1 in box[seen & kept & ~fine]:
+        pen.rectangle((round(x0 * w), round(y0 * h), round(x1 * w) - 1, round(y1 * h) - 1), outline=FRAME)
+    return _padded(image, size)
+
+
+def _padded(image: Image.Image, size: int) -> Image.Image:
+    canvas = Image.new("RGB", (size, size), PAPER)
+    canvas.paste(image, (0, 0))
+    return canvas
+
+
+def _wrapped(
+    pen: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int
+) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        trial = f"{lines[-1]} {word}".strip()
+        if pen.textlength(trial, font=font) <= width or not lines[-1]:
+            lines[-1] = trial
+        else:
+            lines.append(word)
+    return lines
+
+
+def _last_kept(trace: Trace, row: int) -> np.ndarray:
+    """`(visual,)` whether a token is still seen by the last layer of the last step."""
+    fates = trace.row("visual_kept", row)
+    return fates[-1, -1] == int(Fate.KEPT)
+
+
+def draw_run(baseline: Path | None, recipe: Path, out: Path, samples: int = 3) -> Path | None:
+    """Up to `samples` pictures, one column each: as shown, with the tokens left at the end, and both answers.
+
+    Chooses samples whose tokens were removed, different tasks first. Returns None when no sample has a picture.
+    """
+    with open_trace(recipe) as trace:
+        failed = trace.array("failed")
+        rows = [r for r in range(trace.n_samples) if not failed[r] and trace.picture(r) is not None]
+        if not rows:
+            return None
+        rows.sort(key=lambda r: bool(_last_kept(trace, r).all()))
+        tasks = [str(t) for t in trace.array("task")]
+        chosen = _different(rows, [tasks[r] for r in rows], samples)
+        before = _predictions(baseline)
+        columns = [_column(trace, r, before) for r in chosen]
+        title = f"{trace.header.recipe_name} on {Path(trace.header.backbone).name}"
+    width = len(columns) * (PANEL + GAP) + GAP
+    sheet = Image.new("RGB", (width, max(c.height for c in columns) + 52), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, 8), title, font=_font(18), fill=INK)
+    pen.text(
+        (GAP, 31),
+        "above: the picture; below: what is left of its visual tokens at the end "
+        "(green frames: tokens of the coarse base view)",
+        font=_font(12),
+        fill=DIM,
+    )
+    for i, column in enumerate(columns):
+        sheet.paste(column, (GAP + i * (PANEL + GAP), 52))
+    sheet.save(out)
+    return out
+
+
+def _different(rows: Sequence[int], tasks: Sequence[str], n: int) -> list[int]:
+    chosen: list[int] = []
+    seen: set[str] = set()
+    for row, task in zip(rows, tasks, strict=True):
+        if task not in seen:
+            seen.add(task)
+            chosen.append(row)
+    return (chosen + [r for r in rows if r not in chosen])[:n]
+
+
+def _predictions(path: Path | None) -> dict[int, tuple[str, float]]:
+    if path is None:
+        return {}
+    with open_trace(path) as trace:
+        numbers, texts, scores = trace.array("sample"), trace.array("prediction"), trace.array("score")
+        return {int(n): (str(t), float(s)) for n, t, s in zip(numbers, texts, scores, strict=True)}
+
+
+def _column(trace: Trace, row: int, before: dict[int, tuple[str, float]]) -> Image.Image:
+    record = trace.record(row)
+    assert record.picture is not None
+    picture = Image.open(io.BytesIO(record.picture))
+    box = trace.row("visual_box", row).copy()
+    box[trace.row("visual_role", row) == int(Role.NEWLINE)] = np.nan
+    kept = _last_kept(trace, row)
+    small = _font(13)
+    told: list[tuple[str, str, tuple[int, int, int]]] = [("asked", record.question, INK)]
+    if record.sample in before:
+        text, score = before[record.sample]
+        told.append(("unpruned", text, _colour(score)))
+    told.append((f"{kept.mean():.0%} left", record.prediction, _colour(record.score)))
+    if record.references:
+        told.append(("right", record.references[0], DIM))
+    measure = ImageDraw.Draw(Image.new("RGB", (8, 8)))
+    paragraphs = [
+        (f"{label}:", _wrapped(measure, text or "(nothing)", small, PANEL - 72), c) for label, text, c in told
+    ]
+    height = 2 * (PANEL + GAP) + sum(16 * min(len(lines), TEXT_LINES) + 5 for _, lines, _ in paragraphs)
+    column = Image.new("RGB", (PANEL, height), PAPER)
+    column.paste(kept_panel(picture, box[:0], kept[:0]), (0, 0))
+    column.paste(kept_panel(picture, box, kept), (0, PANEL + GAP))
+    pen = ImageDraw.Draw(column)
+    y = 2 * (PANEL + GAP)
+    for label, lines, colour in paragraphs:
+        pen.text((0, y), label, font=small, fill=DIM)
+        for line in lines[:TEXT_LINES]:
+            pen.text((72, y), line, font=small, fill=colour)
+            y += 16
+        y += 5
+    return column
+
+
+def _colour(score: float) -> tuple[int, int, int]:
+    if np.isnan(score):
+        return INK
+    return RIGHT if score >= 0.995 else WRONG
