@@ -47,6 +47,7 @@ _SMALL = 16 << 10  # bytes per sample up to which a variable is stored uncompres
 _SMALL_CHUNK = 4 << 10  # bytes of it in a chunk: several samples, but not many, since each rewrites its chunk
 _LARGEST_CHUNK = 1 << 20
 _CHUNK = {"step": 4, "layer": 8, "head": 8}  # places per chunk along these axes; the whole axis along others
+_TYPICAL = {"step": 16, "position": 32}  # a first sample that is shorter must not make small chunks for all others
 _TEXT = h5py.string_dtype("utf-8")
 _TEXT_TYPE = h5py.h5t.py_create(_TEXT)  # in memory: a Python object
 
@@ -279,9 +280,7 @@ class TraceWriter:
             raise
         self._rows.add(int(record.sample))
 
-    def _append(
-        self, record: SampleRecord, arrays: Mapping[str, np.ndarray], extents: Mapping[str, int]
-    ) -> None:
+    def _append(self, record: SampleRecord, arrays: Mapping[str, np.ndarray], extents: Mapping[str, int]) -> None:
         if arrays and not self._has_variables():
             self._create_variables(extents)
         stored = self._data
@@ -392,9 +391,7 @@ class TraceWriter:
         """The writer itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Finish, or keep the partial file if the block failed."""
         if kind is None:
             self.close()
@@ -438,11 +435,10 @@ def _open_for_reading(path: Path, closing: contextlib.ExitStack) -> h5py.File:
     journal = _journal(path)
     if not path.name.endswith(".partial"):
         return closing.enter_context(h5py.File(path, "r", locking="best-effort"))
-    main = closing.enter_context(open(path, "rb", buffering=0))
+    main = closing.enter_context(open(path, "rb", buffering=0))  # noqa: SIM115 (closed by the stack)
     try:
         closing.callback(Lock(main, path, shared=True).release)
-        log = closing.enter_context(open(journal, "rb")) if journal.exists() else None
-        view = with_journal(main, log)
+        view = with_journal(main, journal)
     except Busy:  # it is being written now
         copy, view = snapshot(path, journal)
         closing.callback(copy.close)
@@ -551,7 +547,7 @@ def _stacked(
 
 def _chunk_shape(variable: Variable, lengths: Sequence[int]) -> tuple[tuple[int, ...], bool]:
     """Chunk shape, and whether to compress: of what is large, one sample, some steps and layers, all tokens."""
-    lengths = [max(1, n) for n in lengths]
+    lengths = [max(1, n, _TYPICAL.get(axis, 1)) for axis, n in zip(variable.dims, lengths, strict=True)]
     item = np.dtype(variable.dtype).itemsize
     size = int(np.prod(lengths, dtype=np.int64)) * item
     if size < _SMALL:

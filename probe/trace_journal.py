@@ -225,7 +225,7 @@ class JournaledFile:
         if self._size > self._main_size and hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(self._main.fileno(), self._main_size, self._size - self._main_size)
-            except OSError as error:  # some file systems cannot; then a full disk shows while copying, and the journal heals
+            except OSError as error:  # some file systems cannot; then copying may fail, and the journal heals that
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise
 
@@ -353,7 +353,6 @@ def _alive(pid: int) -> bool:
 def snapshot(path: Path, journal_path: Path) -> tuple[BinaryIO, JournaledFile]:
     """A private copy of a file that another process is writing, as it was after one of its commits."""
     with contextlib.ExitStack() as stack:
-        journal: BinaryIO | None = None
         if journal_path.exists():
             journal = stack.enter_context(open(journal_path, "rb"))
             if fcntl is not None:
@@ -362,13 +361,15 @@ def snapshot(path: Path, journal_path: Path) -> tuple[BinaryIO, JournaledFile]:
         copy: BinaryIO = tempfile.TemporaryFile(buffering=0)  # type: ignore[assignment]  # noqa: SIM115
         with open(path, "rb") as main:
             shutil.copyfileobj(main, copy, 1 << 20)
-        return copy, with_journal(copy, journal)
+        return copy, with_journal(copy, journal_path)
 
 
-def with_journal(main: BinaryIO, journal: BinaryIO | None) -> JournaledFile:
-    """A read-only view of `main` with the complete transactions of its journal; neither file is changed."""
+def with_journal(main: BinaryIO, journal_path: Path) -> JournaledFile:
+    """A read-only view of `main` with the complete transactions of its journal, if there is one; neither changes."""
     view = JournaledFile(main)
-    found = read_journal(journal, main) if journal is not None else None
-    if found is not None:
-        view.overlay(found[0], found[1])
+    if journal_path.exists():
+        with open(journal_path, "rb") as journal:
+            found = read_journal(journal, main)
+        if found is not None:
+            view.overlay(*found)
     return view

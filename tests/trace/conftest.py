@@ -7,4 +7,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trace_samples import run, trace_path  # noqa: E402, F401
+from trace_samples import run, trace_path  # noqa: F401

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -264,7 +264,7 @@ def test_without_file_locks_an_owner_file_keeps_others_away(tmp_path: Path, monk
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+def disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """A disk with `disk["free"]` bytes left."""
     state = {"free": 10**12}
     honest_write, honest_reserve = journal._write_all, os.posix_fallocate
@@ -283,18 +283,18 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
     monkeypatch.setattr(journal, "_write_all", write)
     monkeypatch.setattr(journal.os, "posix_fallocate", reserve)
-    yield state
+    return state
 
 
 @pytest.mark.parametrize("free", [0, 5_000, 40_000, 90_000])
 def test_disk_full(tmp_path: Path, disk: dict[str, int], free: int) -> None:
     path = tmp_path / "t.h5"
-    with pytest.raises(ProbeError, match="No space left on device; free some space and resume"):
-        with TraceWriter(path, make_header(), make_variables()) as writer:
-            writer.write(make_record(0))
-            disk["free"] = free
-            for i in range(1, 50):
-                writer.write(make_record(i))
+    message = "No space left on device; free some space and resume"
+    with pytest.raises(ProbeError, match=message), TraceWriter(path, make_header(), make_variables()) as writer:
+        writer.write(make_record(0))
+        disk["free"] = free
+        for i in range(1, 50):
+            writer.write(make_record(i))
     with open_trace(tmp_path / "t.h5.partial") as trace:
         held = trace.samples.tolist()
         assert held and held == list(range(len(held)))

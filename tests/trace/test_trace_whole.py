@@ -24,7 +24,8 @@ def test_shards_merge_into_the_file_of_one_run(run: Callable[..., Path], tmp_pat
         assert trace.samples.tolist() == list(range(8))
         assert trace.header.extra["merged_from"] == "2.h5, 0.h5, 1.h5"
         whole = dict(trace.attrs)
-    one_go = run(tmp_path / "one_go.h5", list(range(8)), extra={**make_header().extra, "merged_from": whole["merged_from"]})
+    extra = {**make_header().extra, "merged_from": whole["merged_from"]}
+    one_go = run(tmp_path / "one_go.h5", list(range(8)), extra=extra)
     same_content(out, one_go)
     assert verify(out) == []
 
@@ -130,7 +131,7 @@ def test_random_damage_never_passes_as_whole(run: Callable[..., Path], tmp_path:
 
 
 def test_summary(tmp_path: Path) -> None:
-    """Two samples of 10 visual tokens; of 2 steps x 2 layers, sample 0 keeps 10, 5, 10, 5: 75 %; sample 1 keeps half."""
+    """Samples of 10 visual tokens, 2 steps x 2 layers. Sample 0 keeps 10, 5, 10, 5: 75 %; sample 1 keeps half."""
     variables = [
         Variable("visual_tokens", ("step", "layer"), "1", "tokens", dtype="int32"),
         Variable("visual_importance", ("step", "layer", "visual"), "1", "importance"),

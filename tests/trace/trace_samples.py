@@ -126,7 +126,7 @@ def same_content(a: Path, b: Path) -> None:
 
     with open_trace(a) as one, open_trace(b) as two:
         assert one.samples.tolist() == two.samples.tolist()
-        assert [v for v in one.variables.values()] == [v for v in two.variables.values()]
+        assert list(one.variables.values()) == list(two.variables.values())
         drop = {"created", "trace_id", "header_crc32"}
         assert {k: v for k, v in one.attrs.items() if k not in drop} == {
             k: v for k, v in two.attrs.items() if k not in drop
