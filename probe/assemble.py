@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from probe.compile import Call, ProbeTable
+from probe.looking import Recorder
 from probe.loop import Step
-from probe.pass_state import Recorder
 from probe.registry import signals
 from probe.site import SEGMENTS, Clock, Fate, Role, Site
 from probe.timing import PHASES

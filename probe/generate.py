@@ -15,8 +15,8 @@ from probe.assemble import Gatherer
 from probe.backbones.base import Backbone, Prompt
 from probe.canvas import make_canvas
 from probe.compile import ProbeTable
+from probe.looking import Recorder
 from probe.loop import Finished, Rule, Step, denoise, generators
-from probe.pass_state import Recorder
 from probe.probe_code import CodeProbe
 from probe.timing import PHASES, Stopwatch
 from probe.tracer import Tracer
@@ -72,7 +72,7 @@ def generate(
         seeds=[seed * 1_000_003 + n for n in numbers],
         code_probes=code_probes,
     )
-    gatherer = Gatherer(table, tracer.dims.layers, rule.gen_length)
+    gatherer = Gatherer(table, tracer.kit.dims.layers, rule.gen_length)
     events = denoise(canvas, tracer, rule, backbone.embed, generators(seed, numbers))
     finished: Finished | None = None
     while finished is None:
@@ -95,7 +95,7 @@ def generate(
     for b, prompt in enumerate(prompts):
         passes = gatherer.passes(b)
         arrays = gatherer.by_sample(b) | gatherer.recorded(recorder, b, prompt.n_visual)
-        kept, counts = tracer.ledger.table(b)
+        kept, counts = tracer.kit.ledger.table(b)
         by_phase = np.zeros((len(passes), len(PHASES)))
         flops = np.zeros_like(by_phase)
         for place, index in enumerate(passes):

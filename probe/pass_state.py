@@ -1,4 +1,4 @@
-"""The state of one forward pass: the sequence as it shrinks, the attention rows under way, the edits decided.
+"""The state of one forward pass: the sequence as it shrinks, and the edits that shrink it.
 
 Hooks (in `tracer`) call in here; everything that depends on the order of layers within a pass lives in this file.
 """
@@ -8,58 +8,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from probe.attend import Form, RowRequest, ask, forget
+from probe.backbones.base import Backbone
 from probe.canvas import Canvas
-from probe.compile import BoundProbe, Call
-from probe.errors import ProbeError
+from probe.compile import BoundProbe, ProbeTable
+from probe.cost import DecoderDims
+from probe.ledger import Ledger
+from probe.looking import Looking, Recorder, attended
 from probe.loop import Pass
 from probe.selections import token_count
-from probe.site import Fate, Plan, QuerySet, Role
+from probe.site import Fate, Plan
 from probe.surgery import Layout, hide, narrow, replan, take
-
-if TYPE_CHECKING:
-    from probe.tracer import Tracer
-
-Attended = tuple[int, QuerySet, Form]
-"""Attention of one layer, from one set of query rows, in one form: computed once, whoever asks for it."""
+from probe.timing import Stopwatch
 
 
-class Recorder:
-    """Recorded values on the device, by variable: `(pass, layer or None) -> (batch, ...)`."""
+@dataclass(frozen=True)
+class Kit:
+    """What every pass of one batch works with."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, dict[tuple[int, int | None], Tensor]] = {}
-
-    def add(self, name: str, pass_index: int, layer: int | None, value: Tensor) -> None:
-        """Keep a value until the sample ends."""
-        self.values.setdefault(name, {})[pass_index, layer] = value
-
-
-@dataclass
-class _Gathering:
-    """Attention rows being averaged as their chunks arrive: `(batch, head, key)` over the query rows."""
-
-    rows: Tensor
-    weight: Tensor
-    total: Tensor | None = None
-
-    def receive(self, weights: Tensor, first: int) -> None:
-        share = self.weight[:, first : first + weights.shape[2]]
-        part = (share[:, None, None] @ weights[: share.shape[0]])[:, :, 0]
-        self.total = part if self.total is None else self.total + part
+    backbone: Backbone
+    table: ProbeTable
+    dims: DecoderDims
+    ledger: Ledger
+    recorder: Recorder
+    watch: Stopwatch
+    seeds: tuple[int, ...]
 
 
 class PassState:
     """What hooks read and change during one forward. `layout` is the sequence at the layer that runs now."""
 
-    def __init__(self, tracer: Tracer, request: Pass) -> None:
-        self.tracer = tracer
-        self.request = request
+    def __init__(self, kit: Kit, request: Pass, probes: Sequence[BoundProbe]) -> None:
+        self.kit = kit
         self.clock = request.clock
         self.batch = request.canvas.layout.batch
         self.streams = 2 if request.guided else 1
@@ -72,17 +56,12 @@ class PassState:
         self._between: Tensor | None = None
         self._mlp_out: Tensor | None = None
         self._long_width = 0
-        self._wanted: dict[int, set[Attended]] = {}
-        self._records: dict[Attended, list[tuple[str, Call]]] = {}
-        self._under_way: dict[Attended, _Gathering] = {}
-        self._scored: set[Attended] = set()
-        self._received: dict[Attended, Tensor] = {}
-        self._rows: dict[QuerySet, tuple[Layout, tuple[Tensor, Tensor] | None]] = {}
-        self._ordinal = {p.name: i for i, p in enumerate(tracer.table.probes)}
+        self.looking = Looking(kit.backbone, kit.dims, kit.recorder, kit.watch, request, self.streams, probes)
+        self._ordinal = {p.name: i for i, p in enumerate(kit.table.probes)}
 
     def timed(self) -> AbstractContextManager[None]:
         """Time spent inside belongs to the probes."""
-        return self.tracer.watch.section("probe")
+        return self.kit.watch.section("probe")
 
     # -- the model's inputs -------------------------------------------------------------------------------------
 
@@ -90,9 +69,7 @@ class PassState:
         """Arguments of the language model for this pass, both streams under guidance."""
         embeds = self.canvas.embeds
         if self.streams == 2:
-            mask_embed = self.tracer.backbone.embed(
-                torch.tensor(self.tracer.backbone.special.mask, device=embeds.device)
-            )
+            mask_embed = self.kit.backbone.embed(torch.tensor(self.kit.backbone.special.mask, device=embeds.device))
             embeds = torch.cat([embeds, self.canvas.unconditional(mask_embed)])
         self.layout = self.canvas.layout
         mask = self.layout.key_mask()
@@ -105,106 +82,16 @@ class PassState:
 
     def count_all_layers(self) -> None:
         """FLOPs of a pass that no hook watches."""
-        for _ in range(self.tracer.dims.layers):
+        for _ in range(self.kit.dims.layers):
             self._count(self.layout.width, self.layout.width)
 
     def _count(self, rows: int, mlp_rows: int) -> None:
-        dims = self.tracer.dims
+        dims = self.kit.dims
         self.flops["backbone"] += self.streams * self.batch * (dims.attention(rows, rows) + dims.mlp_block(mlp_rows))
 
-    # -- attention rows -----------------------------------------------------------------------------------------
-
-    def plan_requests(self, probes: Sequence[BoundProbe]) -> None:
-        """Find out which attention the firing probes need from which layer."""
-        for probe in probes:
-            if probe.layer is None:
-                continue
-            for record in probe.records:
-                if "received" in record.signal.entry.needs:
-                    key = _attended(probe.layer, record.signal.params(self.clock))
-                    self._wanted.setdefault(probe.layer, set()).add(key)
-                    self._records.setdefault(key, []).append((record.name, record.signal))
-            if probe.edit is not None and probe.edit.score is not None:
-                score = probe.edit.score
-                if "received" in score.entry.needs:
-                    params = score.params(self.clock)
-                    layer = probe.layer + params.get("layer", 0)
-                    self._wanted.setdefault(layer, set()).add(_attended(layer, params))
-                    self._scored.add(_attended(layer, params))
-
-    def _query_rows(self, queries: QuerySet) -> tuple[Tensor, Tensor] | None:
-        """`(rows (batch, q), weight (batch, q))` in the current layout; weights sum to 1. None if a set is empty."""
-        known = self._rows.get(queries)
-        if known is None or known[0] is not self.layout:
-            self._rows[queries] = known = (self.layout, self._find_rows(queries))
-        return known[1]
-
-    def _find_rows(self, queries: QuerySet) -> tuple[Tensor, Tensor] | None:
-        layout, canvas = self.layout, self.canvas
-        device = layout.row.device
-        if queries == "visual":
-            per_sample = list(layout.visual_rows)
-        elif queries == "all":
-            per_sample = [torch.arange(n, device=device) for n in layout.length]
-        else:
-            start = [_start_rows(queries, canvas, self.request, b) for b in range(self.batch)]
-            if any(not rows for rows in start):
-                return None
-            width = max(len(rows) for rows in start)
-            padded = torch.tensor([rows + rows[-1:] * (width - len(rows)) for rows in start], device=device)
-            located = layout.locate(padded)
-            per_sample = [located[b, : len(rows)] for b, rows in enumerate(start)]
-        if any(rows.shape[0] == 0 for rows in per_sample):
-            return None
-        rows = torch.nn.utils.rnn.pad_sequence(per_sample, batch_first=True)
-        weight = torch.nn.utils.rnn.pad_sequence(
-            [torch.full((r.shape[0],), 1 / r.shape[0], device=device) for r in per_sample], batch_first=True
-        )
-        return rows, weight
-
-    def _ask(self, layer: int) -> None:
-        requests = []
-        for key in sorted(self._wanted.get(layer, ())):
-            found = self._query_rows(key[1])
-            if found is None:
-                continue
-            gathering = _Gathering(*found)
-            self._under_way[key] = gathering
-            rows = gathering.rows.repeat(self.streams, 1)
-            requests.append(RowRequest(rows, key[2], gathering.receive))
-            dims = self.tracer.dims
-            scored = dims.scored_rows(rows.shape[1], self.layout.width, key[2])
-            averaged = dims.averaged_rows(rows.shape[1], self.layout.width, key[2])
-            self.flops["probe"] += self.batch * (self.streams * scored + averaged)
-        if requests:
-            ask(self.tracer.backbone.layers[layer].attention, requests, self.timed)
-
     def leave_attention(self, layer: int) -> None:
-        """A layer's attention has run: reduce what was asked of it, and hand it to the recorder."""
-        if layer not in self._wanted:
-            return
-        with self.timed():
-            forget(self.tracer.backbone.layers[layer].attention)
-            n_visual = max(self.canvas.n_visual_at_start, default=0)
-            for key in sorted(self._wanted[layer]):
-                gathering = self._under_way.pop(key, None)
-                if gathering is None or gathering.total is None:
-                    continue
-                received = gathering.total
-                for name, signal in self._records.get(key, ()):
-                    given = {
-                        "received": received,
-                        "key_role": self.layout.role,
-                        "key_visual": self.layout.visual,
-                        "n_visual": n_visual,
-                    }
-                    value = signal.entry.function(*(given[n] for n in signal.entry.needs), **signal.params(self.clock))
-                    self.tracer.recorder.add(name, self.clock.pass_index, layer, value)
-                if key in self._scored:
-                    by_token = torch.full((*received.shape[:2], n_visual + 1), torch.nan, device=received.device)
-                    index = self.layout.visual.where(self.layout.visual >= 0, n_visual)
-                    index = index[:, None].expand(-1, received.shape[1], -1)
-                    self._received[key] = by_token.scatter_(2, index, received)
+        """A layer's attention has run."""
+        self.looking.reduce(layer, self.layout)
 
     # -- edits --------------------------------------------------------------------------------------------------
 
@@ -223,7 +110,7 @@ class PassState:
                 "position_ids": self.layout.position.repeat(self.streams, 1),
                 "attention_mask": self._attention_mask(),
             }
-        self._ask(layer)
+        self.flops["probe"] += self.looking.ask(layer, self.layout)
         self._rows_at = self._mlp_rows = hidden.shape[1]
         return hidden, kwargs
 
@@ -260,7 +147,7 @@ class PassState:
         if plans is None:
             return
         lasting = options["lasts"] == "generation"
-        self.tracer.ledger.note(self.canvas.layout, plans, 0, lasting=lasting)
+        self.kit.ledger.note(self.canvas.layout, plans, 0, lasting=lasting)
         self.canvas = _edited(self.canvas, plans, options)
         self.layout = self.canvas.layout
         if lasting:
@@ -271,7 +158,7 @@ class PassState:
         plans, options = self._decide(probe, None, hidden, self.layout)
         if plans is not None:
             self._edit_canvas_after(plans, options)
-            self.tracer.ledger.note(self.layout, plans, self.tracer.dims.layers, lasting=True)
+            self.kit.ledger.note(self.layout, plans, self.kit.dims.layers, lasting=True)
 
     def _edit_canvas_after(self, plans: Sequence[Plan | None], options: dict[str, Any]) -> None:
         target = self.canvas_after.layout
@@ -287,7 +174,7 @@ class PassState:
         if plans is None:
             return hidden
         lasting = options["lasts"] == "generation"
-        self.tracer.ledger.note(self.layout, plans, first_layer, lasting=lasting)
+        self.kit.ledger.note(self.layout, plans, first_layer, lasting=lasting)
         if lasting:
             self._edit_canvas_after(plans, options)
         self._changed = True
@@ -299,7 +186,7 @@ class PassState:
         )
         hidden = take(hidden, index, self.streams)
         if options["positions"] == "compact":
-            self._rope = self.tracer.backbone.rotary(hidden, self.layout.position.repeat(self.streams, 1))
+            self._rope = self.kit.backbone.rotary(hidden, self.layout.position.repeat(self.streams, 1))
         else:
             cos, sin = cast(tuple[Tensor, Tensor], self._rope)
             self._rope = take(cos, index, self.streams), take(sin, index, self.streams)
@@ -348,12 +235,9 @@ class PassState:
             score_params = edit.score.params(self.clock)
             if "received" in needs:
                 assert layer is not None
-                key = _attended(layer + score_params.get("layer", 0), score_params)
-                if key not in self._received:
-                    raise ProbeError(
-                        f"probe `{probe.name}` at step {self.clock.step}: there are no `{key[1]}` rows to score with"
-                    )
-                given["received"] = self._received[key][b].index_select(1, layout.visual[b].index_select(0, rows))
+                key = attended(layer + score_params.get("layer", 0), score_params)
+                ids = layout.visual[b].index_select(0, rows)
+                given["received"] = self.looking.received(key, b, ids, probe.name)
             value = edit.score.entry.function(*(given[k] for k in edit.score.entry.needs), **score_params)
             value = value.to(hidden.device)
             given["similarity" if value.dim() == 2 else "score"] = value
@@ -371,22 +255,12 @@ class PassState:
 
     def _generator(self, probe: BoundProbe, b: int) -> torch.Generator:
         generator = torch.Generator()
-        address = (self.tracer.seeds[b], self._ordinal[probe.name], self.clock.step)
+        address = (self.kit.seeds[b], self._ordinal[probe.name], self.clock.step)
         seed = 0
         for part in address:  # a fixed mixing: the same address gives the same numbers on every machine
             seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
         generator.manual_seed(seed)
         return generator
-
-    def release(self) -> None:
-        """Forget what an interrupted forward left on the attention modules."""
-        for layer in self._wanted:
-            if 0 <= layer < self.tracer.dims.layers:
-                forget(self.tracer.backbone.layers[layer].attention)
-
-
-def _attended(layer: int, params: dict[str, Any]) -> Attended:
-    return layer, params["queries"], params["form"]
 
 
 def _fate(plans: Sequence[Plan | None]) -> Fate:
@@ -397,25 +271,3 @@ def _edited(canvas: Canvas, plans: Sequence[Plan | None], options: dict[str, Any
     if _fate(plans) is Fate.MASKED:
         return canvas.hidden(plans)
     return canvas.narrowed(plans, positions=options["positions"], order=options.get("order", "raster"))
-
-
-def _start_rows(queries: QuerySet, canvas: Canvas, request: Pass, b: int) -> list[int]:
-    """Rows (numbered at the start) of a query set that the host knows."""
-    prompt = canvas.prompt_length[b]
-    match queries:
-        case "masked":
-            return request.masked[b]
-        case "filled":
-            return request.filled[b]
-        case "answer":
-            return canvas.answer_rows[b]
-        case "last":
-            return [prompt + canvas.gen_length + canvas.suffix_length - 1]
-        case "last_prompt":
-            return [prompt - 1]
-        case "question":
-            return canvas.rows_of(Role.QUESTION, b)
-        case "system":
-            return canvas.rows_of(Role.SYSTEM, b)
-        case _:
-            raise ProbeError(f"`{queries}` is no set of rows")

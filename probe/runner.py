@@ -6,24 +6,17 @@ nothing recorded, interleaved sample by sample, and only those times are compare
 
 from __future__ import annotations
 
-import io
-import platform
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
 import torch
 
 from probe import data
-from probe.assemble import ALWAYS, coordinates, recorded_variables
-from probe.attend import kernel_name
 from probe.backbones import load
 from probe.backbones.base import Backbone
 from probe.compile import ProbeTable, compile_recipe
@@ -33,10 +26,9 @@ from probe.generate import Generated, OnStep, generate
 from probe.loop import Rule, Step
 from probe.probe_code import CodeProbe
 from probe.recipe import Recipe
+from probe.run_files import failure_of, open_writer, output_folder, record_of
 from probe.summary import Row, summarise
 from probe.timing import Stopwatch
-from probe.trace import TraceWriter
-from probe.trace_schema import SampleRecord, TraceHeader, Variable
 from probe.views.picture import draw_run
 
 DEFAULT_LIMIT = 24
@@ -115,12 +107,12 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
     )
 
 
-def samples_of(recipe: Recipe, limit: int | None = None) -> Iterator[data.Sample | ProbeError]:
+def samples_of(recipe: Recipe) -> Iterator[data.Sample | ProbeError]:
     """The recipe's samples; one that cannot be read is yielded as its error, and reading goes on.
 
     What concerns all of them (no such task, no such file, a wrong line in it) raises `ProbeError` at once.
     """
-    limit = limit if limit is not None else recipe.data.limit
+    limit = recipe.data.limit
     if recipe.data.file is not None:
         return _reading(data.from_jsonl(recipe.data.file), limit)
     limit = DEFAULT_LIMIT if limit is None else limit
@@ -164,17 +156,17 @@ def run(
     """
     if seed is not None:
         recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"seed": seed})})
-    seed = recipe.generate.seed
+    if limit is not None:  # the trace must say all that repeating it takes
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"limit": limit})})
+    seed, limit = recipe.generate.seed, recipe.data.limit
     backbone = backbone or load(recipe.backbone, device=pick_device(device), dtype=dtype)
     table = compile_recipe(recipe, backbone.facts)
     intervenes = any(p.edit is not None for p in table.probes)
     with_baseline = intervenes and (recipe.run.baseline if baseline is None else baseline)
     records = any(p.records for p in table.probes) or bool(code_probes)
     timed = recipe.run.time if timed is None else timed
-    source: Iterator[data.Sample | ProbeError] = (
-        iter(samples[:limit]) if samples is not None else samples_of(recipe, limit)
-    )
-    total = len(samples[:limit]) if samples is not None else (limit or recipe.data.limit)
+    source: Iterator[data.Sample | ProbeError] = iter(samples[:limit]) if samples is not None else samples_of(recipe)
+    total = len(samples[:limit]) if samples is not None else limit
     # whatever concerns every sample is said before a file is made
     opening = next(source, None)
     if opening is None:
@@ -201,7 +193,14 @@ def run(
     failed = count = 0
     notes: list[str] = []
     with ExitStack() as stack:
-        writers = [stack.enter_context(_writer(s, backbone, seed, command, code_probes, resume=resume)) for s in sides]
+        writers = [
+            stack.enter_context(
+                open_writer(
+                    s.path, s.recipe, s.table, backbone, command=command, code_probes=code_probes, resume=resume
+                )
+            )
+            for s in sides
+        ]
         for number, item in enumerate(source):
             count += 1
             if all(number in w.done for w in writers):
@@ -225,16 +224,14 @@ def run(
             except Exception as error:
                 failed += 1
                 reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
-                if not isinstance(item, ProbeError):
-                    _write_failed(writers, item, number, reason)
-                else:
-                    for w in writers:
-                        w.write(SampleRecord(sample=number, sample_id=str(number), failed=reason))
+                record = failure_of(item, number, reason)
+                for writer in (w for w in writers if number not in w.done):
+                    writer.write(record)
                 notes.append(f"sample {number} failed: {reason}")
                 continue
-            for s, writer, result in zip(sides, writers, results, strict=True):
+            for writer, result in zip(writers, results, strict=True):
                 if number not in writer.done:
-                    writer.write(_record(s, backbone, item, number, result, pictures=recipe.trace.pictures))
+                    writer.write(record_of(item, number, result, pictures=recipe.trace.pictures))
     rows = summarise([s.path for s in sides], [s.label for s in sides])
     if intervenes and rows[-1].untouched:
         notes.append(
@@ -252,27 +249,6 @@ def run(
             sides[0].path if with_baseline else None, sides[-1].path, sides[-1].path.with_suffix("").with_suffix(".png")
         ),
     )
-
-
-def output_folder(name: str, out: str | Path | None, *, resume: bool) -> Path:
-    """The folder of a run, made if need be: `out`, else `runs/NAME`, or `runs/NAME-2` ... where that is taken.
-
-    Finished traces are never replaced. `resume` goes back to the last of those folders.
-    """
-    if out is None:
-        first = Path("runs") / name.replace("/", "-")
-        tried = [first, *(first.with_name(f"{first.name}-{i}") for i in range(2, 10_000))]
-        free = next(i for i, folder in enumerate(tried) if not folder.exists())
-        folder = tried[max(free - 1, 0)] if resume else tried[free]
-    else:
-        folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ProbeError(
-            f"cannot make the folder {folder} for the traces: {error.strerror}; name another with --out"
-        ) from None
-    return folder
 
 
 def _one_sample(
@@ -334,75 +310,6 @@ def _one_sample(
         arrays["seconds"][0, 0] = spent
         out.append(replace(result, arrays=arrays))
     return out
-
-
-def _record(
-    side: _Side, backbone: Backbone, sample: data.Sample, number: int, result: Generated, *, pictures: bool
-) -> SampleRecord:
-    score = data.METRICS[sample.metric](result.text, sample.answers) if sample.answers and sample.metric else np.nan
-    picture = None
-    if pictures and sample.images:
-        buffer = io.BytesIO()
-        small = sample.images[0].copy()
-        small.thumbnail((768, 768))
-        small.save(buffer, "PNG")
-        picture = buffer.getvalue()
-    return SampleRecord(
-        sample=number,
-        sample_id=sample.id,
-        task=sample.task,
-        question=sample.question,
-        references=tuple(sample.answers),
-        prediction=result.text,
-        metric=sample.metric,
-        score=float(score),
-        arrays=result.arrays,
-        picture=picture,
-    )
-
-
-def _write_failed(writers: Sequence[TraceWriter], sample: data.Sample, number: int, reason: str) -> None:
-    for writer in writers:
-        if number not in writer.done:
-            writer.write(
-                SampleRecord(
-                    sample=number,
-                    sample_id=sample.id,
-                    task=sample.task,
-                    question=sample.question,
-                    references=tuple(sample.answers),
-                    metric=sample.metric,
-                    failed=reason,
-                )
-            )
-
-
-def _writer(
-    side: _Side, backbone: Backbone, seed: int, command: str, code_probes: Sequence[CodeProbe], *, resume: bool
-) -> TraceWriter:
-    device = next(backbone.parameters()).device
-    variables: list[Variable] = [*ALWAYS, *recorded_variables(side.table), *(c.variable for c in code_probes)]
-    header = TraceHeader(
-        recipe_name=side.recipe.name,
-        recipe_yaml=side.recipe.to_yaml(),
-        recipe_hash=side.recipe.hash,
-        backbone=backbone.source,
-        weights_revision=backbone.revision,
-        dtype=str(next(backbone.parameters()).dtype).removeprefix("torch."),
-        attention_kernel=kernel_name(cast(Any, backbone.lm).config._attn_implementation),
-        device=str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-        seed=seed,
-        versions={
-            "python": platform.python_version(),
-            "platform": sys.platform,
-            **{p: version(p) for p in ("torch", "transformers", "nnsight", "h5py", "numpy")},
-        },
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        coords=coordinates(side.table),
-        extra={"default_plot": "attention_mass" if side.records else "commit_step"},
-    )
-    return TraceWriter(side.path, header, variables, resume=resume)
 
 
 def pick_device(device: str) -> str:

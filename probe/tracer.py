@@ -19,8 +19,9 @@ from probe.canvas import Canvas
 from probe.compile import BoundProbe, ProbeTable
 from probe.cost import decoder_dims
 from probe.ledger import Ledger
+from probe.looking import Recorder
 from probe.loop import Pass, PassResult
-from probe.pass_state import PassState, Recorder
+from probe.pass_state import Kit, PassState
 from probe.probe_code import CodeProbe, run_traced
 from probe.site import Site
 from probe.timing import Stopwatch
@@ -29,7 +30,7 @@ from probe.timing import Stopwatch
 class Tracer:
     """The model behind the loop's `forward`, with a recipe's probes attached.
 
-    One tracer serves one batch of one generation: it holds the ledger, FLOP counts and the recorder.
+    One tracer serves one batch of one generation: its `kit` holds the ledger and the recorder.
     """
 
     def __init__(
@@ -44,24 +45,27 @@ class Tracer:
         code_probes: Sequence[CodeProbe] = (),
     ) -> None:
         device = canvas.embeds.device
-        self.backbone = backbone
-        self.table = table
-        self.recorder = recorder or Recorder()
-        self.watch = watch or Stopwatch(device)
-        self.seeds = tuple(seeds)
+        dims = decoder_dims(backbone.lm.config, backbone.facts.vocabulary)
+        self.kit = Kit(
+            backbone=backbone,
+            table=table,
+            dims=dims,
+            ledger=Ledger(canvas.n_visual_at_start, dims.layers, device),
+            recorder=recorder or Recorder(),
+            watch=watch or Stopwatch(device),
+            seeds=tuple(seeds),
+        )
         self.code_probes = tuple(code_probes)
-        self.dims = decoder_dims(backbone.lm.config, backbone.facts.vocabulary)
-        self.ledger = Ledger(canvas.n_visual_at_start, self.dims.layers, device)
         self.flops: list[dict[str, int]] = []
         """FLOPs of the whole batch by phase, one entry per pass."""
 
     def __call__(self, request: Pass) -> PassResult:
         """Run one pass: edits before the model, the model with its hooks, the head on the wanted rows."""
-        watch = self.watch
+        kit, watch = self.kit, self.kit.watch
         watch.step = request.clock.pass_index
-        firing = self.table.at(request.clock)
-        state = PassState(self, request)
-        self.ledger.begin(request.canvas.layout.n_visual)
+        firing = kit.table.at(request.clock)
+        state = PassState(kit, request, firing)
+        kit.ledger.begin(request.canvas.layout.n_visual)
         with watch.section("probe"):
             for probe in (p for p in firing if p.site is Site.BEFORE_LM and p.edit is not None):
                 state.edit_canvas(probe)
@@ -70,11 +74,11 @@ class Tracer:
         rows = state.layout.locate(request.rows).repeat(state.streams, 1)
         with watch.section("head"):
             wanted = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-            logits = self.backbone.head(wanted)
+            logits = kit.backbone.head(wanted)
         with watch.section("probe"):
             for probe in (p for p in firing if p.site is Site.FINAL and p.edit is not None):
                 state.edit_after(probe, hidden)
-        state.flops["head"] = self.dims.head(rows.numel())
+        state.flops["head"] = kit.dims.head(rows.numel())
         self.flops.append(state.flops)
         return PassResult(logits, state.canvas_after)
 
@@ -83,18 +87,18 @@ class Tracer:
         code = [c for c in self.code_probes if c.fires(request.clock)]
         with ExitStack() as stack:
             if probes:
-                stack.callback(state.release)
-                for handle in attach(self.backbone, state, probes):
+                stack.callback(state.looking.release)
+                for handle in attach(self.kit.backbone, state, probes):
                     stack.callback(handle.remove)
             if not probes:
                 state.count_all_layers()
             if code:
-                hidden, saved = run_traced(self.backbone, inputs, code, request.clock)
+                hidden, saved = run_traced(self.kit.backbone, inputs, code, request.clock)
                 for probe in (c for c in code if c.name in saved):
                     value = probe.per_sample(saved[probe.name], state.batch)
-                    self.recorder.add(probe.name, request.clock.pass_index, None, value)
+                    self.kit.recorder.add(probe.name, request.clock.pass_index, None, value)
                 return hidden
-            hidden = self.backbone.lm(**inputs).last_hidden_state
+            hidden = self.kit.backbone.lm(**inputs).last_hidden_state
             return cast(Tensor, hidden)
 
 
@@ -105,7 +109,6 @@ def attach(backbone: Backbone, state: PassState, probes: Sequence[BoundProbe]) -
     for probe in probes:
         if probe.edit is not None and probe.layer is not None:
             edits.setdefault((probe.site, probe.layer), []).append(probe)
-    state.plan_requests(probes)
 
     for i, modules in enumerate(backbone.layers):
         at_input = edits.get((Site.LAYER_INPUT, i), [])

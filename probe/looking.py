@@ -1,0 +1,218 @@
+"""Attention rows of one pass: who wants them, which rows they are, what they reduce to.
+
+Rows are averaged over the queries as their chunks arrive, so a request costs memory for one row per head, whatever
+the number of its queries. The same (layer, queries, form) is computed once, whoever asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probe.attend import Form, RowRequest, ask, forget
+from probe.backbones.base import Backbone
+from probe.canvas import Canvas
+from probe.compile import BoundProbe, Call
+from probe.cost import DecoderDims
+from probe.errors import ProbeError
+from probe.loop import Pass
+from probe.site import QuerySet, Role
+from probe.surgery import Layout
+from probe.timing import Stopwatch
+
+Attended = tuple[int, QuerySet, Form]
+"""Attention of one layer, from one set of query rows, in one form."""
+
+
+class Recorder:
+    """Recorded values on the device, by variable: `(pass, layer or None) -> (batch, ...)`."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[tuple[int, int | None], Tensor]] = {}
+
+    def add(self, name: str, pass_index: int, layer: int | None, value: Tensor) -> None:
+        """Keep a value until the sample ends."""
+        self.values.setdefault(name, {})[pass_index, layer] = value
+
+
+@dataclass
+class _Gathering:
+    """Attention rows being averaged as their chunks arrive: `(batch, head, key)` over the query rows."""
+
+    rows: Tensor
+    weight: Tensor
+    total: Tensor | None = None
+
+    def receive(self, weights: Tensor, first: int) -> None:
+        share = self.weight[:, first : first + weights.shape[2]]
+        part = (share[:, None, None] @ weights[: share.shape[0]])[:, :, 0]
+        self.total = part if self.total is None else self.total + part
+
+
+class Looking:
+    """The attention that the firing probes of one pass want, asked for layer by layer."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        dims: DecoderDims,
+        recorder: Recorder,
+        watch: Stopwatch,
+        request: Pass,
+        streams: int,
+        probes: Sequence[BoundProbe],
+    ) -> None:
+        self._backbone = backbone
+        self._dims = dims
+        self._recorder = recorder
+        self._watch = watch
+        self._request = request
+        self._streams = streams
+        self._wanted: dict[int, set[Attended]] = {}
+        self._records: dict[Attended, list[tuple[str, Call]]] = {}
+        self._scored: set[Attended] = set()
+        self._under_way: dict[Attended, _Gathering] = {}
+        self._received: dict[Attended, Tensor] = {}
+        self._rows: dict[QuerySet, tuple[Layout, tuple[Tensor, Tensor] | None]] = {}
+        for probe in probes:
+            self._note(probe)
+
+    def _note(self, probe: BoundProbe) -> None:
+        clock = self._request.clock
+        if probe.layer is None:
+            return
+        for record in probe.records:
+            if "received" in record.signal.entry.needs:
+                key = attended(probe.layer, record.signal.params(clock))
+                self._wanted.setdefault(probe.layer, set()).add(key)
+                self._records.setdefault(key, []).append((record.name, record.signal))
+        score = probe.edit.score if probe.edit is not None else None
+        if score is not None and "received" in score.entry.needs:
+            params = score.params(clock)
+            layer = probe.layer + params.get("layer", 0)
+            self._wanted.setdefault(layer, set()).add(attended(layer, params))
+            self._scored.add(attended(layer, params))
+
+    def timed(self) -> AbstractContextManager[None]:
+        """Time spent inside belongs to the probes."""
+        return self._watch.section("probe")
+
+    def ask(self, layer: int, layout: Layout) -> int:
+        """Put this layer's requests to its attention module. Returns their FLOPs, for the whole batch."""
+        requests, flops = [], 0
+        for key in sorted(self._wanted.get(layer, ())):
+            found = self._query_rows(key[1], layout)
+            if found is None:
+                continue
+            gathering = _Gathering(*found)
+            self._under_way[key] = gathering
+            rows = gathering.rows.repeat(self._streams, 1)
+            requests.append(RowRequest(rows, key[2], gathering.receive))
+            scored = self._dims.scored_rows(rows.shape[1], layout.width, key[2])
+            averaged = self._dims.averaged_rows(rows.shape[1], layout.width, key[2])
+            flops += layout.batch * (self._streams * scored + averaged)
+        if requests:
+            ask(self._backbone.layers[layer].attention, requests, self.timed)
+        return flops
+
+    def reduce(self, layer: int, layout: Layout) -> None:
+        """The layer's attention has run: hand what was asked of it to the recorder, keep what scores need."""
+        if layer not in self._wanted:
+            return
+        with self.timed():
+            forget(self._backbone.layers[layer].attention)
+            n_visual = max(self._request.canvas.n_visual_at_start, default=0)
+            for key in sorted(self._wanted[layer]):
+                gathering = self._under_way.pop(key, None)
+                if gathering is None or gathering.total is None:
+                    continue
+                received = gathering.total
+                given = {
+                    "received": received,
+                    "key_role": layout.role,
+                    "key_visual": layout.visual,
+                    "n_visual": n_visual,
+                }
+                clock = self._request.clock
+                for name, signal in self._records.get(key, ()):
+                    needed = (given[n] for n in signal.entry.needs)
+                    value = signal.entry.function(*needed, **signal.params(clock))
+                    self._recorder.add(name, clock.pass_index, layer, value)
+                if key in self._scored:
+                    by_token = torch.full((*received.shape[:2], n_visual + 1), torch.nan, device=received.device)
+                    index = layout.visual.where(layout.visual >= 0, n_visual)
+                    index = index[:, None].expand(-1, received.shape[1], -1)
+                    self._received[key] = by_token.scatter_(2, index, received)
+
+    def received(self, key: Attended, sample: int, visual: Tensor, probe: str) -> Tensor:
+        """`(head, n)`: what one sample's visual tokens with these original indices received."""
+        if key not in self._received:
+            step = self._request.clock.step
+            raise ProbeError(f"probe `{probe}` at step {step}: there are no `{key[1]}` rows to score with")
+        return self._received[key][sample].index_select(1, visual)
+
+    def release(self) -> None:
+        """Forget what an interrupted forward left on the attention modules."""
+        for layer in self._wanted:
+            forget(self._backbone.layers[layer].attention)
+
+    def _query_rows(self, queries: QuerySet, layout: Layout) -> tuple[Tensor, Tensor] | None:
+        """`(rows (batch, q), weight (batch, q))` in this layout; weights sum to 1. None if a set is empty."""
+        known = self._rows.get(queries)
+        if known is None or known[0] is not layout:
+            self._rows[queries] = known = (layout, self._find_rows(queries, layout))
+        return known[1]
+
+    def _find_rows(self, queries: QuerySet, layout: Layout) -> tuple[Tensor, Tensor] | None:
+        device = layout.row.device
+        if queries == "visual":
+            per_sample = list(layout.visual_rows)
+        elif queries == "all":
+            per_sample = [torch.arange(n, device=device) for n in layout.length]
+        else:
+            start = [_start_rows(queries, self._request.canvas, self._request, b) for b in range(layout.batch)]
+            if any(not rows for rows in start):
+                return None
+            width = max(len(rows) for rows in start)
+            padded = torch.tensor([rows + rows[-1:] * (width - len(rows)) for rows in start], device=device)
+            located = layout.locate(padded)
+            per_sample = [located[b, : len(rows)] for b, rows in enumerate(start)]
+        if any(rows.shape[0] == 0 for rows in per_sample):
+            return None
+        rows = torch.nn.utils.rnn.pad_sequence(per_sample, batch_first=True)
+        weight = torch.nn.utils.rnn.pad_sequence(
+            [torch.full((r.shape[0],), 1 / r.shape[0], device=device) for r in per_sample], batch_first=True
+        )
+        return rows, weight
+
+
+def attended(layer: int, params: dict[str, Any]) -> Attended:
+    """The attention that a score or signal with these parameters reads."""
+    return layer, params["queries"], params["form"]
+
+
+def _start_rows(queries: QuerySet, canvas: Canvas, request: Pass, b: int) -> list[int]:
+    """Rows (numbered at the start) of a query set that the host knows."""
+    prompt = canvas.prompt_length[b]
+    match queries:
+        case "masked":
+            return request.masked[b]
+        case "filled":
+            return request.filled[b]
+        case "answer":
+            return canvas.answer_rows[b]
+        case "last":
+            return [prompt + canvas.gen_length + canvas.suffix_length - 1]
+        case "last_prompt":
+            return [prompt - 1]
+        case "question":
+            return canvas.rows_of(Role.QUESTION, b)
+        case "system":
+            return canvas.rows_of(Role.SYSTEM, b)
+        case _:
+            raise ProbeError(f"`{queries}` is no set of rows")

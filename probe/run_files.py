@@ -1,0 +1,129 @@
+"""What a run leaves behind: its folder, the header of its traces, the record of a sample. No model, no loop."""
+
+from __future__ import annotations
+
+import io
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from probe import data
+from probe.assemble import ALWAYS, coordinates, recorded_variables
+from probe.attend import kernel_name
+from probe.backbones.base import Backbone
+from probe.compile import ProbeTable
+from probe.errors import ProbeError
+from probe.generate import Generated
+from probe.probe_code import CodeProbe
+from probe.recipe import Recipe
+from probe.trace import TraceWriter
+from probe.trace_schema import SampleRecord, TraceHeader
+
+PICTURE_SIDE = 768
+"""Pixels: the longer side of the pictures that a trace keeps for painting on."""
+
+
+def output_folder(name: str, out: str | Path | None, *, resume: bool) -> Path:
+    """The folder of a run, made if need be: `out`, else `runs/NAME`, or `runs/NAME-2` ... where that is taken.
+
+    Finished traces are never replaced. `resume` goes back to the last of those folders.
+    """
+    if out is None:
+        first = Path("runs") / name.replace("/", "-")
+        tried = [first, *(first.with_name(f"{first.name}-{i}") for i in range(2, 10_000))]
+        free = next(i for i, folder in enumerate(tried) if not folder.exists())
+        folder = tried[max(free - 1, 0)] if resume else tried[free]
+    else:
+        folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(
+            f"cannot make the folder {folder} for the traces: {error.strerror}; name another with --out"
+        ) from None
+    return folder
+
+
+def open_writer(
+    path: Path,
+    recipe: Recipe,
+    table: ProbeTable,
+    backbone: Backbone,
+    *,
+    command: str,
+    code_probes: Sequence[CodeProbe],
+    resume: bool,
+) -> TraceWriter:
+    """A trace for one side of a run, with all that tells how it came about."""
+    weights = next(backbone.parameters())
+    packages = ("torch", "transformers", "nnsight", "h5py", "numpy")
+    records = any(p.records for p in table.probes)
+    header = TraceHeader(
+        recipe_name=recipe.name,
+        recipe_yaml=recipe.to_yaml(),
+        recipe_hash=recipe.hash,
+        backbone=backbone.source,
+        weights_revision=backbone.revision,
+        dtype=str(weights.dtype).removeprefix("torch."),
+        attention_kernel=kernel_name(cast(Any, backbone.lm).config._attn_implementation),
+        device="cpu" if weights.device.type == "cpu" else torch.cuda.get_device_name(weights.device),
+        seed=recipe.generate.seed,
+        versions={
+            "python": platform.python_version(),
+            "platform": sys.platform,
+            **{package: version(package) for package in packages},
+        },
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        coords=coordinates(table),
+        extra={"default_plot": "attention_mass" if records else "commit_step"},
+    )
+    variables = [*ALWAYS, *recorded_variables(table), *(c.variable for c in code_probes)]
+    return TraceWriter(path, header, variables, resume=resume)
+
+
+def record_of(sample: data.Sample, number: int, result: Generated, *, pictures: bool) -> SampleRecord:
+    """A finished sample, scored."""
+    known = bool(sample.answers and sample.metric)
+    return SampleRecord(
+        sample=number,
+        sample_id=sample.id,
+        task=sample.task,
+        question=sample.question,
+        references=tuple(sample.answers),
+        prediction=result.text,
+        metric=sample.metric,
+        score=float(data.METRICS[sample.metric](result.text, sample.answers)) if known else np.nan,
+        arrays=result.arrays,
+        picture=_png(sample) if pictures and sample.images else None,
+    )
+
+
+def failure_of(sample: data.Sample | ProbeError, number: int, reason: str) -> SampleRecord:
+    """A sample that failed, with the reason."""
+    if isinstance(sample, ProbeError):
+        return SampleRecord(sample=number, sample_id=str(number), failed=reason)
+    return SampleRecord(
+        sample=number,
+        sample_id=sample.id,
+        task=sample.task,
+        question=sample.question,
+        references=tuple(sample.answers),
+        metric=sample.metric,
+        failed=reason,
+    )
+
+
+def _png(sample: data.Sample) -> bytes:
+    small = sample.images[0].copy()
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    return buffer.getvalue()
