@@ -18,7 +18,7 @@ from torch import Tensor
 from probe.compile import Call, ProbeTable
 from probe.looking import Recorder
 from probe.loop import Step
-from probe.registry import signals
+from probe.registry import Entry, signals
 from probe.site import SEGMENTS, Clock, Fate, Role, Site
 from probe.timing import PHASES
 from probe.trace_schema import Variable
@@ -65,42 +65,31 @@ def recorded_variables(table: ProbeTable) -> list[Variable]:
     out: dict[str, Variable] = {}
     for probe in table.probes:
         for record in probe.records:
-            out.setdefault(
-                record.name, _variable(record.name, record.signal.entry.name, constant(record.signal), probe.name)
-            )
-    out.setdefault("confidence", _variable("confidence", "confidence", {}, ""))
+            call, by_layer = record.signal, probe.site.has_layers
+            out.setdefault(record.name, _variable(record.name, call.entry, constant(call), by_layer, probe.name))
+    out.setdefault("confidence", _variable("confidence", signals["confidence"], {}, False, ""))
     return list(out.values())
 
 
-def _variable(name: str, signal: str, params: Mapping[str, Any], probe: str) -> Variable:
-    entry = signals[signal]
-    meta = entry.meta
-    dims = meta["dims"](params) if callable(meta["dims"]) else meta["dims"]
-    by_layer = (Site.LAYER_ATTENTION in _sites(meta)) or any(s.has_layers for s in _sites(meta))
+def _variable(name: str, entry: Entry, params: Mapping[str, Any], by_layer: bool, probe: str) -> Variable:
+    dims = entry.meta["dims"]
+    dims = dims(params) if callable(dims) else dims
     said = ", ".join(f"{k}={v}" for k, v in params.items())
     return Variable(
         name,
         ("step", "layer", *dims) if by_layer else ("step", *dims),
-        meta["units"],
-        meta["long_name"] + (f" ({said})" if said else ""),
-        meta.get("formula", ""),
+        entry.meta["units"],
+        entry.meta["long_name"] + (f" ({said})" if said else ""),
+        entry.meta.get("formula", ""),
         probe,
     )
 
 
-def _sites(meta: Mapping[str, Any]) -> tuple[Site, ...]:
-    return meta["site"] if isinstance(meta["site"], tuple) else (meta["site"],)
-
-
 def segments_of(table: ProbeTable) -> dict[str, int]:
     """The query segments that the recipe records, in order: the `segment` axis."""
-    names = [
-        str(constant(record.signal)["queries"])
-        for probe in table.probes
-        for record in probe.records
-        if "segment" in _variable(record.name, record.signal.entry.name, constant(record.signal), probe.name).dims
-    ]
-    return {name: i for i, name in enumerate(dict.fromkeys(names))}
+    wide = {v.name for v in recorded_variables(table) if "segment" in v.dims}
+    records = [r for probe in table.probes for r in probe.records if r.name in wide]
+    return {name: i for i, name in enumerate(dict.fromkeys(str(constant(r.signal)["queries"]) for r in records))}
 
 
 def coordinates(table: ProbeTable) -> dict[str, list[str]]:
@@ -108,7 +97,9 @@ def coordinates(table: ProbeTable) -> dict[str, list[str]]:
     out = {"phase": list(PHASES), "corner": ["x0", "y0", "x1", "y1"]}
     segments = segments_of(table)
     if segments:
-        out |= {"segment": list(segments), "segment_key": list(SEGMENTS)}
+        out["segment"] = list(segments)
+    if any("segment_key" in v.dims for v in recorded_variables(table)):
+        out["segment_key"] = list(SEGMENTS)
     return out
 
 
@@ -202,9 +193,11 @@ class Gatherer:
                 wide = np.full((*stacked.shape[:-1], len(self._segments), stacked.shape[-1]), np.nan, np.float32)
                 wide[..., self._segment_of[name], :] = stacked
                 stacked = wide
-            array = np.full((len(place), self.layers, *stacked.shape[1:]), np.nan, np.float32)
+            by_layer = self._variables[name].dims[1:2] == ("layer",)
+            axes = (len(place), self.layers) if by_layer else (len(place),)
+            array = np.full((*axes, *stacked.shape[1:]), np.nan, np.float32)
             for ((p, layer), _), value in zip(items, stacked, strict=True):
-                array[place[p], layer] = value
+                array[(place[p], layer) if by_layer else place[p]] = value
             out[name] = array
         return out
 

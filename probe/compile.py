@@ -144,12 +144,9 @@ class _Compiler:
         where: Layers | None = self.spec.at.where
         if where is None:
             return (None,)
-        encoder = self.site is Site.ENCODER_LAYER_OUTPUT
-        count = self.facts.encoder_layers if encoder else self.facts.layers
-        owner = f"the encoder of {self.facts.name}" if encoder else self.facts.name
         key = "layer" if self.spec.at.layer is not None else "layers"
         try:
-            return where.resolve(count, owner)
+            return where.resolve(self.facts.layers, self.facts.name)
         except Wrong as error:
             inside = error.path if key == "layers" else ()
             raise self.fail(str(error), "at", key, *inside) from None
@@ -183,7 +180,7 @@ class _Compiler:
             entry = self.entry(self.words.signals, part, "record", j)
             sites = entry.meta.get("site")
             sites = () if sites is None else (sites,) if isinstance(sites, Site) else tuple(sites)
-            if sites and self.site not in sites:
+            if self.site not in sites:
                 where = " or ".join(f"`{s}`" for s in sites)
                 raise self.fail(f"`{part.name}` is recorded at {where}, not at `{self.site}`", "record", j)
             (call,) = self.call(entry, part, 1, "record", j, varies=False)

@@ -20,10 +20,6 @@ _SITES = {
     Site.LAYER_OUTPUT: "the output of {layers}",
     Site.FINAL: "after the final norm",
     Site.LOGITS: "the logits of the answer slots",
-    Site.COMMIT: "what the step has written",
-    Site.ENCODER_LAYER_OUTPUT: "the output of {layers} of the image encoder",
-    Site.ENCODER_OUTPUT: "the output of the image encoder",
-    Site.PROJECTOR_OUTPUT: "the output of the projector",
 }
 
 WIDTH = 79
@@ -72,7 +68,7 @@ def _probe(
     number: int, probes: list[BoundProbe], facts: ModelFacts, nominal: int | None, n_visual: int | None
 ) -> list[str]:
     first = probes[0]
-    count = facts.encoder_layers if first.site is Site.ENCODER_LAYER_OUTPUT else facts.layers
+    count = facts.layers
     layers = _layers([p.layer for p in probes if p.layer is not None], count)
     rows = [("where", _SITES[first.site].format(layers=layers)), ("when", _steps(first.steps, nominal))]
     if first.edit is None:

@@ -96,13 +96,13 @@ class PassState:
     # -- edits --------------------------------------------------------------------------------------------------
 
     def enter_layer(
-        self, layer: int, hidden: Tensor, kwargs: dict[str, Any], edits: Sequence[BoundProbe]
+        self, layer: int, hidden: Tensor, kwargs: dict[str, Any], probes: Sequence[BoundProbe]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """A layer begins: apply its `layer.input` edits, give it the tables of the sequence as it is now."""
+        """A layer begins: its `layer.input` probes act, give it the tables of the sequence as it is now."""
         if self._rope is None:
             self._rope = kwargs["position_embeddings"]
-        for probe in edits:
-            hidden = self._cut(probe, layer, hidden, first_layer=layer)
+        for probe in probes:
+            hidden = self._act(probe, layer, hidden, first_layer=layer)
         if self._changed:
             kwargs = {
                 **kwargs,
@@ -114,12 +114,12 @@ class PassState:
         self._rows_at = self._mlp_rows = hidden.shape[1]
         return hidden, kwargs
 
-    def cut_between(self, layer: int, hidden: Tensor, edits: Sequence[BoundProbe]) -> Tensor:
+    def cut_between(self, layer: int, hidden: Tensor, probes: Sequence[BoundProbe]) -> Tensor:
         """Between attention and MLP: the shortened residual stream, kept for `leave_layer`."""
         self._long_width = hidden.shape[1]
         short = hidden
-        for probe in edits:
-            short = self._cut(probe, layer, short, first_layer=layer + 1)
+        for probe in probes:
+            short = self._act(probe, layer, short, first_layer=layer + 1)
         self._between = short if short.shape[1] != self._long_width or short is not hidden else None
         self._mlp_rows = short.shape[1]
         return short
@@ -131,18 +131,40 @@ class PassState:
         self._mlp_out = output
         return output.new_zeros(()).expand(output.shape[0], self._long_width, output.shape[2])
 
-    def leave_layer(self, layer: int, hidden: Tensor, edits: Sequence[BoundProbe]) -> Tensor:
-        """A layer ends: its output on the sequence as it is now, after its `layer.output` edits."""
+    def leave_layer(self, layer: int, hidden: Tensor, probes: Sequence[BoundProbe]) -> Tensor:
+        """A layer ends: its output on the sequence as it is now, after its `layer.output` probes."""
         if self._between is not None and self._mlp_out is not None:
             hidden = self._between + self._mlp_out
             self._between = self._mlp_out = None
         self._count(self._rows_at, self._mlp_rows)
-        for probe in edits:
-            hidden = self._cut(probe, layer, hidden, first_layer=layer + 1)
+        for probe in probes:
+            hidden = self._act(probe, layer, hidden, first_layer=layer + 1)
         return hidden
 
-    def edit_canvas(self, probe: BoundProbe) -> None:
-        """An edit before layer 0: on the canvas itself, for good or for this pass."""
+    def _act(self, probe: BoundProbe, layer: int, hidden: Tensor, *, first_layer: int) -> Tensor:
+        """A probe on the residual stream: record it as it is, or cut it."""
+        if probe.edit is None:
+            self._record(probe, layer, hidden)
+            return hidden
+        return self._cut(probe, layer, hidden, first_layer=first_layer)
+
+    def _record(self, probe: BoundProbe, layer: int | None, hidden: Tensor) -> None:
+        given = {
+            "hidden": hidden[: self.batch],
+            "row_role": self.layout.role,
+            "row_visual": self.layout.visual,
+            "n_visual": max(self.canvas.n_visual_at_start, default=0),
+        }
+        for record in probe.records:
+            needed = (given[n] for n in record.signal.entry.needs)
+            value = record.signal.entry.function(*needed, **record.signal.params(self.clock))
+            self.kit.recorder.add(record.name, self.clock.pass_index, layer, value)
+
+    def at_canvas(self, probe: BoundProbe) -> None:
+        """A probe before layer 0. An edit there acts on the canvas itself, for good or for this pass."""
+        if probe.edit is None:
+            self._record(probe, None, self.canvas.embeds)
+            return
         plans, options = self._decide(probe, None, self.canvas.embeds, self.canvas.layout)
         if plans is None:
             return
@@ -153,8 +175,11 @@ class PassState:
         if lasting:
             self.canvas_after = self.canvas
 
-    def edit_after(self, probe: BoundProbe, hidden: Tensor) -> None:
-        """An edit decided on final-normed states: it takes effect with the next step."""
+    def at_final(self, probe: BoundProbe, hidden: Tensor) -> None:
+        """A probe on final-normed states. An edit decided there takes effect with the next step."""
+        if probe.edit is None:
+            self._record(probe, None, hidden)
+            return
         plans, options = self._decide(probe, None, hidden, self.layout)
         if plans is not None:
             self._edit_canvas_after(plans, options)

@@ -186,9 +186,10 @@ def run(
             records,
         )
 
-    sides = [side(recipe.name, recipe, folder / f"{recipe.name}.trace.h5")]
+    stem = recipe.name.replace("/", "-")
+    sides = [side(recipe.name, recipe, folder / f"{stem}.trace.h5")]
     if with_baseline:
-        sides.insert(0, side("baseline", recipe.without_interventions(), folder / f"{recipe.name}.baseline.trace.h5"))
+        sides.insert(0, side("baseline", recipe.without_interventions(), folder / f"{stem}.baseline.trace.h5"))
 
     failed = count = 0
     notes: list[str] = []

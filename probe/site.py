@@ -95,15 +95,11 @@ class Site(StrEnum):
     LAYER_OUTPUT = "layer.output"
     FINAL = "final"  # after the final norm
     LOGITS = "logits"  # rows of answer slots through the head
-    COMMIT = "commit"  # what the step wrote
-    ENCODER_LAYER_OUTPUT = "encoder.layer.output"
-    ENCODER_OUTPUT = "encoder.output"
-    PROJECTOR_OUTPUT = "projector.output"
 
     @property
     def has_layers(self) -> bool:
         """Whether the site exists once per layer (and a probe at it must name layers)."""
-        return ".layer." in self.value or self.value.startswith("layer.")
+        return self.value.startswith("layer.")
 
 
 EDIT_SITES: tuple[Site, ...] = (

@@ -67,8 +67,8 @@ class Tracer:
         state = PassState(kit, request, firing)
         kit.ledger.begin(request.canvas.layout.n_visual)
         with watch.section("probe"):
-            for probe in (p for p in firing if p.site is Site.BEFORE_LM and p.edit is not None):
-                state.edit_canvas(probe)
+            for probe in (p for p in firing if p.site is Site.BEFORE_LM):
+                state.at_canvas(probe)
         with watch.section("backbone"):
             hidden = self._run(state, [p for p in firing if p.site.has_layers], request)
         rows = state.layout.locate(request.rows).repeat(state.streams, 1)
@@ -76,8 +76,8 @@ class Tracer:
             wanted = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
             logits = kit.backbone.head(wanted)
         with watch.section("probe"):
-            for probe in (p for p in firing if p.site is Site.FINAL and p.edit is not None):
-                state.edit_after(probe, hidden)
+            for probe in (p for p in firing if p.site is Site.FINAL):
+                state.at_final(probe, hidden)
         state.flops["head"] = kit.dims.head(rows.numel())
         self.flops.append(state.flops)
         return PassResult(logits, state.canvas_after)
@@ -105,15 +105,15 @@ class Tracer:
 def attach(backbone: Backbone, state: PassState, probes: Sequence[BoundProbe]) -> list[Any]:
     """Hooks for one forward. Every layer gets its entry hook (it carries shortened tables on); others only if asked."""
     handles: list[Any] = []
-    edits: dict[tuple[Site, int], list[BoundProbe]] = {}
+    acting: dict[tuple[Site, int], list[BoundProbe]] = {}
     for probe in probes:
-        if probe.edit is not None and probe.layer is not None:
-            edits.setdefault((probe.site, probe.layer), []).append(probe)
+        if probe.layer is not None:
+            acting.setdefault((probe.site, probe.layer), []).append(probe)
 
     for i, modules in enumerate(backbone.layers):
-        at_input = edits.get((Site.LAYER_INPUT, i), [])
-        between = edits.get((Site.LAYER_AFTER_ATTENTION, i), [])
-        at_output = edits.get((Site.LAYER_OUTPUT, i), [])
+        at_input = acting.get((Site.LAYER_INPUT, i), [])
+        between = acting.get((Site.LAYER_AFTER_ATTENTION, i), [])
+        at_output = acting.get((Site.LAYER_OUTPUT, i), [])
 
         def enter(
             module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], i: int = i, at_input: Any = at_input

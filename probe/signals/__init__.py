@@ -1,10 +1,16 @@
 """Signals: what can be recorded. Pure reductions on the device; only their result leaves it.
 
-A signal function's positional parameters name what it is given. At `layer.attention`: `received (batch, head, key)`
-float32, the attention each key receives, averaged over the query rows; `key_role (batch, key)` int8; `key_visual
-(batch, key)` int64 original visual index or -1; `n_visual` the largest number of visual tokens in the batch. At
-`logits`: `logits (batch, row, vocabulary)` as the decision used them (guided and suppressed), `confidence (batch,
-row)`. The result is `(batch, *dims)`, or `(batch, row)` for a signal over positions.
+A signal function's positional parameters name what it is given.
+
+- At `layer.attention`: `received (batch, head, key)` float32, the attention each key receives, averaged over the query
+  rows; `key_role (batch, key)` int8; `key_visual (batch, key)` int64 original visual index or -1; `n_visual` the
+  largest number of visual tokens in the batch.
+- At `before_lm`, `layer.input`, `layer.after_attention`, `layer.output` and `final`: `hidden (batch, row, width)`,
+  `row_role`, `row_visual` and `n_visual` likewise.
+- At `logits`: `logits (batch, row, vocabulary)` as the decision used them (guided and suppressed), `confidence (batch,
+  row)`.
+
+The result is `(batch, *dims)`, or `(batch, row)` for a signal over positions.
 """
 
 from __future__ import annotations
@@ -17,6 +23,9 @@ from torch import Tensor
 from probe.attend import Form
 from probe.registry import signals
 from probe.site import SEGMENTS, QuerySet, Site
+
+HIDDEN = (Site.BEFORE_LM, Site.LAYER_INPUT, Site.LAYER_AFTER_ATTENTION, Site.LAYER_OUTPUT, Site.FINAL)
+"""Sites with hidden states of every row."""
 
 
 def _mass_dims(params: dict[str, Any]) -> tuple[str, ...]:
@@ -62,6 +71,41 @@ def visual_importance(
     mean = received.mean(1)
     out = torch.full((mean.shape[0], n_visual + 1), torch.nan, dtype=mean.dtype, device=mean.device)
     return out.scatter_(1, key_visual.where(key_visual >= 0, n_visual), mean)[:, :n_visual]
+
+
+def _mean_by_role(values: Tensor, role: Tensor) -> Tensor:
+    """`(batch, row)` averaged over the rows of each segment; NaN where a segment is empty."""
+    of_role = torch.nn.functional.one_hot(role.long(), len(SEGMENTS) + 1)[..., : len(SEGMENTS)].to(values.dtype)
+    return (values[:, None] @ of_role)[:, 0] / of_role.sum(1)
+
+
+@signals.register(
+    site=HIDDEN,
+    dims=("segment_key",),
+    units="1",
+    long_name="mean Euclidean norm of the hidden states of a segment's rows",
+    formula="mean_i in segment_key ||x_i||_2",
+)
+def hidden_norm(hidden: Tensor, row_role: Tensor) -> Tensor:
+    """`(batch, segment_key)` float32."""
+    return _mean_by_role(hidden.float().norm(dim=-1), row_role)
+
+
+@signals.register(
+    site=HIDDEN,
+    dims=("segment_key",),
+    units="1",
+    long_name="mean cosine similarity of a segment's hidden states to their own mean",
+    formula="mean_i in segment_key cos(x_i, mean_j in segment_key x_j)",
+)
+def hidden_similarity(hidden: Tensor, row_role: Tensor) -> Tensor:
+    """`(batch, segment_key)` float32: near 1, the rows of a segment say the same; a sign of redundancy."""
+    unit = torch.nn.functional.normalize(hidden.float(), dim=-1)
+    of_role = torch.nn.functional.one_hot(row_role.long(), len(SEGMENTS) + 1)[..., : len(SEGMENTS)].float()
+    mean = (of_role.transpose(1, 2) @ hidden.float()) / of_role.sum(1)[..., None]
+    mean = torch.nn.functional.normalize(mean, dim=-1)
+    own = (unit @ mean.nan_to_num().transpose(1, 2) * of_role).sum(-1)
+    return _mean_by_role(own, row_role)
 
 
 @signals.register(

@@ -146,3 +146,47 @@ def test_the_decorator_registers_steps_as_a_recipe_spells_them(monkeypatch: pyte
     clock = Clock(pass_index=0, step=1, block=0, step_in_block=1, nominal_steps=4, n_blocks=1)
     probe = probe_code.CODE_PROBES["mine"]
     assert [probe.fires(Clock(**{**clock.__dict__, "step": s})) for s in range(4)] == [False, False, True, True]
+
+
+HIDDEN = """
+- {name: output, at: {site: layer.output, layers: all}, record: [hidden_norm, hidden_similarity]}
+- {name: input, at: {site: layer.input, layers: [0, 2]}, record: [{hidden_norm: {as: norm_in}}]}
+- {name: between, at: {site: layer.after_attention, layer: 1}, record: [{hidden_norm: {as: norm_between}}]}
+- {name: before, at: {site: before_lm}, record: [{hidden_norm: {as: norm_before}}]}
+- {name: after, at: {site: final}, record: [{hidden_norm: {as: norm_after}}]}
+"""
+
+
+@torch.inference_mode()
+def test_hidden_states_are_recorded_at_every_site(tiny: LladaV, prompts_for: Any, run_probes: Any) -> None:
+    from nnsight import NNsight
+
+    prompt = prompts_for(tiny, 1)[0]
+    got = run_probes(tiny, [prompt], HIDDEN, gen_length=4, block_length=4, steps=1)[0].arrays
+    canvas = make_canvas([prompt], tiny.embed(torch.tensor(tiny.special.mask)), 4)
+    envoy = NNsight(tiny.lm)
+    outputs = []
+    with envoy.trace(inputs_embeds=canvas.embeds, position_ids=canvas.layout.position, attention_mask=None):
+        for i in range(tiny.facts.layers):
+            if i == 1:
+                between = envoy.layers[1].post_attention_layernorm.input.save()
+            outputs.append(envoy.layers[i].output.save())
+        last = envoy.output.last_hidden_state.save()
+    role = canvas.layout.role[0]
+
+    def by_segment(x: torch.Tensor) -> list[float]:
+        return [float(x[0][role == r].norm(dim=-1).mean()) for r in range(len(SEGMENTS))]
+
+    def alike(x: torch.Tensor) -> list[float]:
+        parts = [x[0][role == r] for r in range(len(SEGMENTS))]
+        return [float(torch.cosine_similarity(p, p.mean(0, keepdim=True)).mean()) for p in parts]
+
+    for i, output in enumerate(outputs):
+        np.testing.assert_allclose(got["hidden_norm"][0, i], by_segment(output), rtol=1e-4)
+        np.testing.assert_allclose(got["hidden_similarity"][0, i], alike(output), atol=1e-4)
+    np.testing.assert_allclose(got["norm_in"][0, 0], by_segment(canvas.embeds), rtol=1e-4)
+    np.testing.assert_allclose(got["norm_in"][0, 2], by_segment(outputs[1]), rtol=1e-4)
+    assert np.isnan(got["norm_in"][0, [1, 3]]).all()
+    np.testing.assert_allclose(got["norm_between"][0, 1], by_segment(between), rtol=1e-4)
+    np.testing.assert_allclose(got["norm_before"][0], by_segment(canvas.embeds), rtol=1e-4)
+    np.testing.assert_allclose(got["norm_after"][0], by_segment(last), rtol=1e-4)

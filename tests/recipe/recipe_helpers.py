@@ -73,7 +73,7 @@ def make_vocabulary() -> Vocabulary:
     def entropy(logits: Any) -> Any:
         """Entropy."""
 
-    @signals.register
+    @signals.register(site=Site.FINAL)
     def anywhere(hidden: Any, *, needed: int) -> Any:
         """Recorded at any site."""
 

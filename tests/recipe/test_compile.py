@@ -143,14 +143,6 @@ def test_layers_that_are_not_there_are_refused(layers: Any, words: str) -> None:
         Layers.parse(layers).resolve(6, "model")
 
 
-def test_encoder_layers_are_counted_on_the_encoder(table: Any) -> None:
-    at = "{site: encoder.layer.output, layers: %s}"
-    text = f"schema: 1\nname: a\nprobes: [{{at: {at}, record: [{{anywhere: {{needed: 1}}}}]}}]\n"
-    assert [p.layer for p in table(text % "all").probes] == [0, 1, 2, 3]
-    with pytest.raises(ProbeError, match=r"there is no layer 4: the encoder of miniature has layers 0\.\.3"):
-        table(text % "[4]")
-
-
 # --- values per layer and over the steps -----------------------------------------------------------------------------
 
 
@@ -376,8 +368,8 @@ def test_at_final_only_later_steps_can_change(table: Any) -> None:
     assert table(text % "{drop: {lasts: generation}}").probes[0].layer is None
 
 
-def test_a_signal_without_a_site_is_recorded_anywhere(table: Any) -> None:
-    text = "schema: 1\nname: a\nprobes: [{at: {site: %s}, record: [{anywhere: {needed: %s}}]}]\n"
-    assert table(text % ("commit", 1)).probes[0].records[0].name == "anywhere"
+def test_a_missing_parameter_of_a_signal_is_named(table: Any) -> None:
+    text = "schema: 1\nname: a\nprobes: [{at: {site: final}, record: [%s]}]\n"
+    assert table(text % "{anywhere: {needed: 1}}").probes[0].records[0].name == "anywhere"
     with pytest.raises(ProbeError, match=r"record\[0\]\.anywhere\.needed: needs the parameter `needed`"):
-        table("schema: 1\nname: a\nprobes: [{at: {site: commit}, record: [anywhere]}]\n")
+        table(text % "anywhere")
