@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -114,10 +114,28 @@ class _Kept:
     committed: Tensor
 
 
-class Gatherer:
-    """Collects one batch's steps, then hands out each sample's arrays."""
+StepLogits = dict[int, tuple[list[int], Tensor]]
+"""By nominal step: the slots with fresh logits, and the logits `(batch, row, vocabulary)`."""
 
-    def __init__(self, table: ProbeTable, layers: int, gen_length: int) -> None:
+
+class Gatherer:
+    """Collects one batch's steps, then hands out each sample's arrays.
+
+    `reference` holds the unpruned run's logits, for signals that compare with it; `collected`, if given, is filled with
+    this run's own.
+    """
+
+    def __init__(
+        self,
+        table: ProbeTable,
+        layers: int,
+        gen_length: int,
+        *,
+        reference: StepLogits | None = None,
+        collected: StepLogits | None = None,
+    ) -> None:
+        self._reference = reference or {}
+        self._collected = collected
         self.layers = layers
         self.gen_length = gen_length
         self._table = table
@@ -136,13 +154,37 @@ class Gatherer:
         """Take what a step decided; reduce its logits now, keep none of them."""
         i = len(self._steps)
         self._rows["confidence"][i] = torch.where(step.eligible, step.confidence, torch.nan)
-        given = {"logits": step.logits, "confidence": step.confidence}
+        if self._collected is not None:
+            self._collected[step.clock.step] = (step.slots, step.logits)
         for probe in self._table.at(step.clock):
             for record in probe.records if probe.site is Site.LOGITS else ():
-                entry = record.signal.entry
-                value = entry.function(*(given[n] for n in entry.needs), **record.signal.params(step.clock))
-                self._rows.setdefault(record.name, {})[i] = torch.where(step.eligible, value.double(), torch.nan)
+                value = self._signal(record.signal, step)
+                if value is not None:
+                    self._rows.setdefault(record.name, {})[i] = torch.where(step.eligible, value.double(), torch.nan)
         self._steps.append(_Kept(step.clock, step.active, step.tokens, np.array(step.slots), step.committed))
+
+    def _signal(self, call: Call, step: Step) -> Tensor | None:
+        """`(batch, row)` of one signal; NaN in rows that a comparison has no counterpart for."""
+        entry, params = call.entry, call.params(step.clock)
+        if "reference" not in entry.needs:
+            given = {"logits": step.logits, "confidence": step.confidence}
+            return cast(Tensor, entry.function(*(given[n] for n in entry.needs), **params))
+        if step.clock.step not in self._reference:
+            return None
+        slots, logits = self._reference[step.clock.step]
+        common = [s for s in step.slots if s in slots]
+        if not common:
+            return None
+        here = torch.tensor([step.slots.index(s) for s in common], device=logits.device)
+        there = torch.tensor([slots.index(s) for s in common], device=logits.device)
+        given = {
+            "logits": step.logits[:, here],
+            "confidence": step.confidence[:, here],
+            "reference": logits[:, there],
+        }
+        value = entry.function(*(given[n] for n in entry.needs), **params)
+        rows = torch.full_like(step.confidence, torch.nan)
+        return rows.index_copy_(1, here, value.to(rows.dtype))
 
     def passes(self, sample: int) -> list[int]:
         """The pass indices in which a sample took part."""

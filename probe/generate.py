@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from probe.assemble import Gatherer
+from probe.assemble import Gatherer, StepLogits
 from probe.backbones.base import Backbone, Prompt
 from probe.canvas import make_canvas
 from probe.compile import ProbeTable
@@ -47,11 +47,14 @@ def generate(
     encode_flops: Sequence[float] = (),
     code_probes: Sequence[CodeProbe] = (),
     on_step: OnStep | None = None,
+    reference: StepLogits | None = None,
+    collected: StepLogits | None = None,
 ) -> list[Generated]:
     """Denoise a batch of prompts under a table of probes.
 
     `samples` are the global numbers of the batch's samples: a sample's noise depends on `seed` and its number, not
-    on who shares its batch. `watch` may already hold the time of encoding.
+    on who shares its batch. `watch` may already hold the time of encoding. `reference` are the unpruned run's logits,
+    for signals that compare with them; `collected` is a dict to fill with this run's.
     """
     numbers = list(samples) if samples is not None else list(range(len(prompts)))
     device = prompts[0].embeds.device
@@ -72,7 +75,7 @@ def generate(
         seeds=[seed * 1_000_003 + n for n in numbers],
         code_probes=code_probes,
     )
-    gatherer = Gatherer(table, tracer.kit.dims.layers, rule.gen_length)
+    gatherer = Gatherer(table, tracer.kit.dims.layers, rule.gen_length, reference=reference, collected=collected)
     events = denoise(canvas, tracer, rule, backbone.embed, generators(seed, numbers))
     finished: Finished | None = None
     while finished is None:

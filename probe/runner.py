@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from probe import data
+from probe.assemble import StepLogits
 from probe.backbones import load
 from probe.backbones.base import Backbone
-from probe.compile import ProbeTable, compile_recipe
+from probe.compile import ProbeTable, Record, compile_recipe
 from probe.decoding.unmask import Remasking
 from probe.errors import ProbeError
 from probe.generate import Generated, OnStep, generate
@@ -70,7 +71,12 @@ class _Side:
     table: ProbeTable
     bare: ProbeTable
     path: Path
-    records: bool
+    recording: bool
+
+    @property
+    def records(self) -> list[Record]:
+        """The signals that it records."""
+        return [record for probe in self.table.probes for record in probe.records]
 
 
 def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *, pictures: bool) -> Rule:
@@ -275,26 +281,35 @@ def _one_sample(
     rule = rule_for(backbone, recipe, sample.generate, pictures=bool(sample.images))
     keeps_signals = recipe.trace.samples == "all" or number < int(recipe.trace.samples)
 
-    def one(s: _Side, table: ProbeTable, code: Sequence[CodeProbe], told: bool) -> Generated:
-        def on_step(step: Step) -> None:
+    def on_step(side: _Side) -> OnStep:
+        def tell(step: Step) -> None:
             if on_progress is not None:
-                on_progress(Progress(number, total, s.label, step.clock.step + 1, rule.steps))
+                on_progress(Progress(number, total, side.label, step.clock.step + 1, rule.steps))
 
-        report: OnStep | None = on_step if told else None
-        return generate(
+        return tell
+
+    # the baseline runs first: its logits are what signals such as logit_kl compare with
+    compares = len(sides) > 1 and keeps_signals and any("reference" in r.signal.entry.needs for r in sides[-1].records)
+    unpruned: StepLogits = {}
+    results = []
+    for side in sides:
+        is_baseline = side is not sides[-1]
+        results += generate(
             backbone,
             [prompt],
             rule,
-            table,
+            side.table if keeps_signals else side.bare,
             seed=seed,
             samples=[number],
             encode_flops=[encode_flops],
-            code_probes=code,
-            on_step=report,
-        )[0]
-
-    results = [one(s, s.table if keeps_signals else s.bare, code_probes if keeps_signals else (), True) for s in sides]
-    bare = [one(s, s.bare, (), False) for s in sides] if timed else [None] * len(sides)
+            code_probes=code_probes if keeps_signals else (),
+            on_step=on_step(side),
+            collected=unpruned if compares and is_baseline else None,
+            reference=None if is_baseline else unpruned,
+        )
+    bare: list[Generated | None] = [None] * len(sides)
+    if timed:
+        bare = [generate(backbone, [prompt], rule, s.bare, seed=seed, samples=[number])[0] for s in sides]
     out = []
     for s, result, unrecorded in zip(sides, results, bare, strict=True):
         clean = np.nan
@@ -302,7 +317,7 @@ def _one_sample(
             clean = unrecorded.seconds + spent
             if unrecorded.ids != result.ids:
                 raise ProbeError(f"{s.label}: recording changed the answer of sample {number}; please report this")
-        elif not s.records:
+        elif not s.recording:
             clean = result.seconds + spent
         arrays = result.arrays | {
             "seconds_total": np.array(result.seconds + spent),

@@ -8,7 +8,8 @@ A signal function's positional parameters name what it is given.
 - At `before_lm`, `layer.input`, `layer.after_attention`, `layer.output` and `final`: `hidden (batch, row, width)`,
   `row_role`, `row_visual` and `n_visual` likewise.
 - At `logits`: `logits (batch, row, vocabulary)` as the decision used them (guided and suppressed), `confidence (batch,
-  row)`.
+  row)`, and `reference`, the logits of the same slots at the same step of the unpruned run (rows that are open in both
+  runs only; nothing is recorded where no baseline runs beside the recipe).
 
 The result is `(batch, *dims)`, or `(batch, row)` for a signal over positions.
 """
@@ -145,3 +146,17 @@ def margin(logits: Tensor) -> Tensor:
     """`(batch, row)` float32."""
     top = logits.softmax(-1).topk(2, dim=-1).values
     return top[..., 0] - top[..., 1]
+
+
+@signals.register(
+    site=Site.LOGITS,
+    dims=("position",),
+    units="nat",
+    long_name="divergence of each open slot's distribution from the unpruned run's at the same step",
+    formula="KL(p_unpruned || p) = sum_v p_unpruned,v (ln p_unpruned,v - ln p_v)",
+)
+def logit_kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """`(batch, row)` float32, for slots that are open in both runs; tokens suppressed in both add nothing."""
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)

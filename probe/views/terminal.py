@@ -43,7 +43,7 @@ def render_summary(trace: Trace) -> RenderableType:
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
     size = trace.path.stat().st_size
-    state = "not finished (partial)" if trace.partial else "finished"
+    state = "partial: the run has not finished" if trace.partial else "finished"
     facts.add_row("trace", Text(f"{trace.path}  ({_amount(size, 'byte')}, {state})"))
     words = [f"hash {head.recipe_hash[:12]}" if head.recipe_hash else "", f"seed {head.seed}", head.created]
     facts.add_row("recipe", Text(_joined(head.recipe_name, words)))

@@ -2,7 +2,7 @@
 
 Three stages: the vision tower (taught patch by patch, then frozen), the cache of its features, and the
 masked-diffusion language model with projector and newline embedding. The language model first trains with
-several question-answer groups packed behind each picture; towards the end every sequence is whole and
+several question-answer groups packed behind each picture; in the last fifth every sequence is whole and
 everything attends to everything, which is what inference does. The command can be stopped at any time and
 repeats nothing when started again with the same ``--out``; the folder holds a usable checkpoint from the
 first save on. See docs/miniature.md for what comes out.
@@ -39,9 +39,8 @@ from probe.zoo.model import (
 from probe.zoo.tokenizer import build
 from probe.zoo.world import TRAIN_SEEDS
 
-PACKED_UNTIL = 0.85  # the share of the training that packs groups
+PACKED_UNTIL = 0.8  # the share of the training that packs groups
 DESCRIBE_FROM = 0.22  # from here on long answers, and among them descriptions, take most of the steps
-LOOK_UP_FROM = 0.55  # from here on half of the steps are look-ups again, most of them of letters
 CURRICULUM_UNTIL = 0.4  # the share over which one- and two-line pages give way to whole ones
 
 
@@ -130,12 +129,12 @@ class Plan:
     def at(step: int, progress: float, size: Size) -> Plan:
         """The plan of one step."""
         packed = progress < PACKED_UNTIL
-        # Colours, shapes and pages are learned first, descriptions next, single letters at a named place last.
-        phase = (progress >= DESCRIBE_FROM) + (progress >= LOOK_UP_FROM)
-        long = step % 4 != 0 if phase == 1 else step % 2 == 1
+        # Colours, shapes and pages are learned first, descriptions last: half long steps, later three quarters.
+        early = progress < DESCRIBE_FROM
+        long = step % 2 == 1 if early else step % 4 != 0
         groups = (size.long_groups if long else size.short_groups) if packed else 1
         brief = max(0.1, 0.9 - 0.8 * progress / CURRICULUM_UNTIL)
-        scenes = (0.5, 0.7, 0.6)[phase] if long else (0.5, 0.5, 0.2)[phase]
+        scenes = 0.7 if long and not early else 0.5
         return Plan(packed, long, size.images if packed else 2 * size.images, groups, scenes, brief)
 
 

@@ -178,3 +178,30 @@ def test_an_empty_table_and_a_bare_rule_work(tiny: LladaV, prompts_for: Any) -> 
     out = generate(tiny, prompts_for(tiny, 1), rule, ProbeTable(()))[0]
     assert len(out.ids) == 4
     assert out.arrays["block"].tolist() == [0, 0, 1, 1]
+
+
+def test_logit_kl_is_the_divergence_from_the_unpruned_run(tiny: LladaV, prompts_for: Any) -> None:
+    from probe.compile import compile_recipe
+    from probe.generate import generate
+    from probe.recipe import parse_recipe
+
+    header = "schema: 1\nname: kl\nprobes:\n"
+    record = "- {at: {site: logits}, record: [logit_kl]}\n"
+    late = EDITS["fastv_late_for_good"]
+    rule = Rule(gen_length=8, block_length=8, steps=4, mask_id=tiny.special.mask, suppressed=tiny.special.suppressed)
+    prompts = prompts_for(tiny, 1)
+    plain: Any = {}
+    pruned: Any = {}
+    generate(tiny, prompts, rule, ProbeTable(()), collected=plain)
+    table = compile_recipe(parse_recipe(header + late + record), tiny.facts)
+    out = generate(tiny, prompts, rule, table, reference=plain, collected=pruned)[0].arrays["logit_kl"]
+    assert np.nanmax(np.abs(out[:2])) == 0, "nothing was removed before half of the steps"
+    for step in (2, 3):
+        for slot in range(8):
+            open_in_both = slot in plain[step][0] and slot in pruned[step][0]
+            assert open_in_both == (not np.isnan(out[step, slot]))
+            if open_in_both:
+                p, q = (x[step][1][0, x[step][0].index(slot)].double().softmax(-1) for x in (plain, pruned))
+                expected = (p * (p / q).log())[p > 0].sum()
+                assert out[step, slot] == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
+    assert np.nanmax(out[2:]) > 0
