@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -262,3 +263,17 @@ def test_unknown_names_rows_and_a_closed_trace(trace_path: Path) -> None:
     assert "Trace(" in repr(trace)
     with pytest.raises(ProbeError, match="was closed"):
         trace.array("score")
+
+
+def test_the_same_values_give_the_same_bytes(run: Callable[..., Path], tmp_path: Path) -> None:
+    assert run(tmp_path / "a.h5", [0, 1, 2]).read_bytes() == run(tmp_path / "b.h5", [0, 1, 2]).read_bytes()
+
+
+def test_netcdf4_reads_it(trace_path: Path) -> None:
+    netcdf = pytest.importorskip("netCDF4")
+    with netcdf.Dataset(trace_path) as data:
+        assert data["attention_mass"].dimensions == ("sample", "step", "layer", "segment", "segment_key")
+        assert data["prediction"][1] == "answer 1\nline two"
+        assert data["token"][0, 0, 6] == -1, "padding of ids is not masked"
+        assert data["phase"][:].tolist()[:2] == ["prefill", "denoise"]
+        assert data.groups["pictures"]["length"][0] == 508
