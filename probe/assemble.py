@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probe import vocabulary as _registered  # noqa: F401  (`confidence`, which every trace has, must be known)
 from probe.compile import Call, ProbeTable
 from probe.looking import Recorder
 from probe.loop import Step
