@@ -115,8 +115,10 @@ class TraceWriter:
         created = not source.exists()
         self._main = self._claim(source, undo)
         journal = _journal(self._partial)
-        if overwrite and not resume:
+        anew = overwrite and not resume
+        if created or anew or source == self.path:  # then a journal is of a file that somebody has removed
             journal.unlink(missing_ok=True)
+        if anew:
             self._main.truncate(0)
         self._file = JournaledFile(self._main, journal, self._token())
         undo.callback(self._file.close)
@@ -219,8 +221,7 @@ class TraceWriter:
     def _index(self) -> None:
         """Collect the arrays that a sample is written to, and the present lengths of the axes."""
         assert self._h5 is not None
-        arrays = {n: d for n, d in _arrays(self._h5).items() if n.endswith("sample") or _dims(d)[0] == "sample"}
-        self._data: dict[str, h5py.Dataset] = {n: d for n, d in arrays.items() if n != "checksums/variable"}
+        self._data: dict[str, h5py.Dataset] = {n: d for n, d in _arrays(self._h5).items() if _dims(d)[0] == "sample"}
         there = [v for v in self.variables.values() if v.name in self._data]
         self._sizes = {axis: len(self._h5[axis]) for v in there for axis in v.dims}
         self._columns: list[str] = self._h5["checksums/variable"].asstr()[...].tolist()

@@ -51,12 +51,12 @@ class Trace:
         self.variables = contents.variables
         self.n_samples = contents.axes.get("sample", 0)
         self.header = TraceHeader.from_attributes(contents.attrs, contents.coords)
+        self._closed = False
         self._contents = contents
         self._data = contents.data
         self._columns: list[str] = []
         if "checksums/variable" in self._data:
             self._columns = [str(n) for n in self.array("checksums/variable")]
-        self._closed = False
 
     def declared(self) -> list[Variable]:
         """The variables that the run declared: all but `score`."""
@@ -74,7 +74,7 @@ class Trace:
         return self._read(name, ...)
 
     def _read(self, name: str, index: Any) -> np.ndarray:
-        if self.__dict__.get("_closed"):
+        if self._closed:
             raise ProbeError(f"{self.path.name} was closed; open it again to read `{name}`")
         if name not in self._data:
             known = [*self.variables, *(n for n in self._data if "/" not in n and n not in self.variables)]

@@ -157,7 +157,12 @@ class TraceHeader:
         taken = sorted({*own, *INTERNAL_ATTRIBUTES} & set(self.extra))
         if taken:
             raise ProbeError(f"trace header: extra attributes {taken} already mean something else; rename them")
-        return {**own, **{k: storable(v) if isinstance(v, str) else v for k, v in self.extra.items()}}
+        for name, value in self.extra.items():
+            if not isinstance(value, str | int | float):
+                kind = type(value).__name__
+                raise ProbeError(f"trace header: extra attribute `{name}` is a {kind}; give a text or a number")
+            own[name] = storable(value) if isinstance(value, str) else int(value) if isinstance(value, int) else value
+        return own
 
     @classmethod
     def from_attributes(cls, attrs: Mapping[str, Any], coords: Mapping[str, Sequence[str]]) -> TraceHeader:

@@ -249,6 +249,8 @@ def test_names_that_clash_are_refused(tmp_path: Path) -> None:
             TraceWriter(tmp_path / "t.h5", make_header(), pair)
     with pytest.raises(ProbeError, match="extra"):
         make_header(extra={"recipe": "x"}).attributes()
+    with pytest.raises(ProbeError, match="`when` is a list; give a text or a number"):
+        make_header(extra={"when": [1]}).attributes()
     assert not list(tmp_path.iterdir())
 
 

@@ -54,7 +54,7 @@ def start_writer(path: Path, samples: int, sync_seconds: float) -> subprocess.Po
 @pytest.mark.parametrize("sync_seconds", [0.0, 1.0])
 def test_kill_9_at_random_moments(run: Callable[..., Path], tmp_path: Path, sync_seconds: float) -> None:
     """Kill the writer again and again; it resumes and ends with the file of a run that was never disturbed."""
-    samples, path, rng = 60, tmp_path / "t.h5", random.Random(5)
+    samples, path, rng = 40, tmp_path / "t.h5", random.Random(5)
     partial = path.with_name("t.h5.partial")
     expected: set[int] = set()
     kills = 0
@@ -63,7 +63,7 @@ def test_kill_9_at_random_moments(run: Callable[..., Path], tmp_path: Path, sync
         assert writer.stdout is not None
         resumed = writer.stdout.readline().split()
         assert {int(x) for x in resumed[1:]} >= expected
-        if kills < 6:
+        if kills < 5:
             time.sleep(rng.uniform(0, 0.12))
             writer.send_signal(signal.SIGKILL)
             kills += 1
@@ -77,7 +77,7 @@ def test_kill_9_at_random_moments(run: Callable[..., Path], tmp_path: Path, sync
             held = trace.samples.tolist()
             assert held == list(range(len(held))) and set(held) >= expected
         assert verify(partial) == []
-    assert kills >= 3, "the machine is too fast for this test: write more samples"
+    assert kills >= 2, "the machine is too fast for this test: write more samples"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.h5"], "no journal is left"
     same_content(path, run(tmp_path / "undisturbed.h5", list(range(samples))))
     assert verify(path) == []
@@ -114,7 +114,7 @@ def test_death_after_any_number_of_bytes(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(journal, "_write_all", dying)
     seen: list[int] = []
-    for allowed in range(0, 10**8, 65_537):
+    for allowed in range(0, 10**8, 98_299):
         alive, dead = tmp_path / f"alive{allowed}", tmp_path / f"dead{allowed}"
         alive.mkdir()
         dead.mkdir()
@@ -144,7 +144,7 @@ def test_death_after_any_number_of_bytes(tmp_path: Path, monkeypatch: pytest.Mon
             for i in range(len(again.done), 3):
                 again.write(make_record(i, visual=60))
         same_content(dead / "t.h5", undisturbed)
-    assert len(seen) > 15 and sorted(seen) == seen and set(seen) == {-1, 0, 1, 2, 3}
+    assert len(seen) > 10 and sorted(seen) == seen and set(seen) == {-1, 0, 1, 2, 3}
 
 
 def test_an_exception_in_the_block_keeps_a_partial_file_that_opens(tmp_path: Path) -> None:
@@ -375,4 +375,9 @@ def test_a_journal_of_another_file_is_ignored(run: Callable[..., Path], tmp_path
         assert trace.samples.tolist() == [4, 5]
     with TraceWriter(tmp_path / "u.h5", make_header(), make_variables(), resume=True) as resumed:
         assert resumed.done == {4, 5}
+    (tmp_path / "v.h5.partial.journal").write_bytes(stale)  # or someone removes the partial file, but not its journal
+    with TraceWriter(tmp_path / "v.h5", make_header(), make_variables(), resume=True) as begun:
+        assert begun.done == frozenset()
+        begun.write(make_record(9))
+    assert verify(tmp_path / "v.h5") == []
     writer.close()
