@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -64,15 +65,15 @@ def attention_rows(query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None
     `(batch, head, length, key)`. Returns `(batch, head or 1, row, key)`.
     """
     batch, heads, _, size = query.shape
-    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     wanted = query.gather(2, rows[:, None, :, None].expand(batch, heads, rows.shape[1], size))
-    wanted = wanted.reshape(batch, kv_heads, group, rows.shape[1], size)
+    wanted = rearrange(wanted, "b (kv group) row size -> b kv group row size", kv=key.shape[1])
     if form == "head_mean_logits":
         # mean_h q_h . k_h is one product over the concatenated heads; the group's queries add up first
-        q = wanted.sum(2).transpose(1, 2).flatten(2)
-        logits = (q @ key.transpose(1, 2).flatten(2).transpose(1, 2)).unsqueeze(1) * (scaling / heads)
+        q = rearrange(wanted.sum(2), "b kv row size -> b row (kv size)")
+        logits = (q @ rearrange(key, "b kv key size -> b (kv size) key"))[:, None] * (scaling / heads)
     else:
-        logits = (wanted.flatten(2, 3) @ key.transpose(2, 3) * scaling).reshape(batch, heads, rows.shape[1], -1)
+        logits = rearrange(wanted, "b kv group row size -> b kv (group row) size") @ key.transpose(2, 3) * scaling
+        logits = rearrange(logits, "b kv (group row) key -> b (kv group) row key", row=rows.shape[1])
     logits = logits.float()
     if mask is not None:
         if mask.shape[2] > 1:

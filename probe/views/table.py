@@ -58,8 +58,9 @@ def render_table(result: RunResult) -> RenderableType:
     lines: list[RenderableType] = [
         table,
         Text(
-            "score: mean and half of its 95% interval; agrees: answer tokens equal to the unpruned run's;\n"
-            "seconds, FLOPs: per sample, with nothing recorded; visual tokens: mean over layers and steps",
+            "score: mean and half of its 95% interval; agrees: answer tokens equal to the\n"
+            "unpruned run's; seconds, FLOPs: per sample, with nothing recorded;\n"
+            "visual tokens: mean over layers and steps",
             style="dim",
         ),
     ]
