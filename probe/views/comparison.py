@@ -148,7 +148,7 @@ def _divergence(held: Sequence[tuple[Run, Divergence]], reference: str) -> Itera
         table = _table("information", "n", "loss", "95 % interval", "left", "restored", "95 % interval")
         for run, d in held:
             table.add_row(
-                run.label, str(d.n or "none"), _number(d.loss.value), _interval(d.loss), _number(d.left.value),
+                run.label, str(d.loss.n if d.n else "none"), _number(d.loss.value), _interval(d.loss), _number(d.left.value),
                 _percent(d.restored.value), _interval(d.restored, "%"),
             )  # fmt: skip
         yield table
