@@ -43,6 +43,11 @@ SetOption = Annotated[
     typer.Option("--set", "-s", metavar="NAME=VALUE", help="Turn a dial (keep=0.25) or a setting (generate.steps=8)."),
 ]
 
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", help="A Python file with scores, selections or code probes of your own."),
+]
+
 
 @app.command()
 def run(
@@ -66,16 +71,14 @@ def run(
     timed: Annotated[
         bool | None, typer.Option("--time/--no-time", help="Where signals are recorded: time once more without.")
     ] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option(help="A Python file with scores, selections or code probes of your own.")
-    ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Run a recipe and compare it with the unpruned baseline."""
     from probe.plugins import load_plugins
     from probe.runner import run as run_recipe
 
     code = load_plugins(plugin or [])
-    loaded = _load(recipe, sets, backbone=backbone, data=data)
+    loaded = _load(recipe, sets, backbone=backbone, data=data, own_samples=image is not None or data is not None)
     samples = None
     if (image is None) != (ask is None):
         raise ProbeError("--image and --ask belong together: a picture, and the question about it")
@@ -104,11 +107,15 @@ def run(
 
 
 @app.command()
-def check(recipe: RecipeArgument, backbone: BackboneOption = None, sets: SetOption = None) -> None:
+def check(
+    recipe: RecipeArgument, backbone: BackboneOption = None, sets: SetOption = None, plugin: PluginOption = None
+) -> None:
     """Say in words what a recipe will do on a backbone, without loading its weights."""
     from probe.backbones import facts_of
     from probe.explain import explain
+    from probe.plugins import load_plugins
 
+    load_plugins(plugin or [])
     loaded = _load(recipe, sets, backbone=backbone)
     out.print(explain(loaded, facts_of(loaded.backbone)), highlight=False, markup=False)
 
@@ -179,6 +186,81 @@ def show(
 
 
 @app.command()
+def plot(
+    traces: Annotated[list[Path] | None, typer.Argument(help="One trace, or several for `tradeoff`.")] = None,
+    figure: Annotated[str | None, typer.Option("--figure", "-f", help="See --list; default: the trace's own.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", "-o", help="FILE.png, .pdf or .svg.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Number of a sample, for figures of one sample.")] = None,
+    layer: Annotated[int | None, typer.Option(help="A layer, for figures of one layer.")] = None,
+    step: Annotated[int | None, typer.Option(help="A step, for figures of one step.")] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="List the figures.")] = False,
+) -> None:
+    """Draw a figure of a trace."""
+    from probe.views.figures import list_figures
+    from probe.views.figures import plot as draw
+
+    if list_them:
+        from rich.table import Table
+
+        table = Table("figure", "what it shows", box=None, pad_edge=False)
+        for name, about in list_figures():
+            table.add_row(name, about)
+        out.print(table)
+        return
+    if not traces:
+        raise ProbeError("name a trace to draw: `probe plot FILE --figure NAME`; `probe plot --list` names the figures")
+    path = output or traces[-1].with_suffix("").with_suffix(f".{figure or 'figure'}.png")
+    out.print(f"figure: {draw(traces, figure, path, sample=sample, layer=layer, step=step)}")
+
+
+@app.command()
+def compare(
+    traces: Annotated[list[Path], typer.Argument(help="The unpruned trace, then those to compare with it.")],
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the differences of every sample as CSV.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Compare traces of the same samples, paired: score, agreement, divergence and restoration, cost."""
+    from probe.compare import compare as compare_traces
+    from probe.views import comparison
+
+    result = compare_traces(traces)
+    if as_csv or as_json:
+        sys.stdout.write(comparison.to_csv(result) if as_csv else comparison.to_json(result))
+        return
+    out.print(comparison.render_comparison(result))
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="A trace file, complete or partial.")],
+    sample: Annotated[int, typer.Option(help="Number of the sample.")] = 0,
+    gif: Annotated[Path | None, typer.Option(help="Write an animated picture instead.")] = None,
+) -> None:
+    """Step through one sample's denoising: keys right and left, space plays, q ends."""
+    from probe.trace import open_trace
+    from probe.views import replay as view
+
+    with open_trace(trace) as opened:
+        row = view.row_of(opened, sample)
+        if gif is not None:
+            out.print(f"animation: {view.save_gif(opened, row, gif)}")
+        else:
+            view.play(opened, row, out)
+
+
+@app.command()
+def report(
+    traces: Annotated[list[Path], typer.Argument(help="Traces of the same samples, shown side by side.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="FILE.html")] = Path("report.html"),
+    samples: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
+) -> None:
+    """Write one self-contained page to look around in: pictures, tokens, attention, answers, tables."""
+    from probe.views.report import write_report
+
+    out.print(f"page: {write_report(traces, output, samples=samples)}")
+
+
+@app.command()
 def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None:
     """Check a trace's checksums."""
     from probe.trace import verify as problems_of
@@ -191,7 +273,14 @@ def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None
     out.print(f"{trace}: intact")
 
 
-def _load(recipe: str, sets: list[str] | None, *, backbone: str | None = None, data: str | None = None) -> Recipe:
+def _load(
+    recipe: str,
+    sets: list[str] | None,
+    *,
+    backbone: str | None = None,
+    data: str | None = None,
+    own_samples: bool = False,
+) -> Recipe:
     from probe.recipe import load_recipe, parse_recipe
 
     overrides = list(sets or ())
@@ -199,6 +288,8 @@ def _load(recipe: str, sets: list[str] | None, *, backbone: str | None = None, d
         from probe.trace import open_trace
 
         with open_trace(Path(recipe)) as trace:
+            if trace.header.extra.get("own_samples") and not own_samples:
+                raise ProbeError(f"{recipe} is of a picture and a question of your own; give --image and --ask again")
             loaded = parse_recipe(trace.header.recipe_yaml, source=recipe, sets=overrides)
     else:
         loaded = load_recipe(recipe, overrides)
@@ -238,6 +329,7 @@ class _Display:
             TimeRemainingColumn(),
             console=err,
             transient=True,
+            disable=not err.is_terminal,
         )
         self._name = name
         self._task: TaskID | None = None

@@ -50,6 +50,13 @@ ALWAYS: tuple[Variable, ...] = (
         dtype="float64",
     ),
     Variable("flops_total", (), "1", "executed FLOPs of the sample, scoring included", dtype="float64"),
+    Variable(
+        "flops_unrecorded",
+        (),
+        "1",
+        "executed FLOPs of the same sample with nothing recorded (NaN: not measured)",
+        dtype="float64",
+    ),
     Variable("peak_memory", (), "byte", "most memory allocated on the device (CPU: by the process)", dtype="float64"),
     Variable("prompt_length", (), "1", "positions before the answer", dtype="int32"),
 )  # fmt: skip

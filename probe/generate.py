@@ -44,7 +44,6 @@ def generate(
     seed: int = 0,
     samples: Sequence[int] | None = None,
     watch: Stopwatch | None = None,
-    encode_flops: Sequence[float] = (),
     code_probes: Sequence[CodeProbe] = (),
     on_step: OnStep | None = None,
     reference: StepLogits | None = None,
@@ -106,7 +105,6 @@ def generate(
                 by_phase[place, column] = spent.get((index, phase), 0.0) / len(prompts)
                 flops[place, column] = tracer.flops[index].get(phase, 0) / len(prompts)
         by_phase[0, PHASES.index("encode")] = encode / len(prompts)
-        flops[0, PHASES.index("encode")] = encode_flops[b] if encode_flops else 0.0
         total = (seconds + encode) / len(prompts)
         arrays |= {
             "visual_kept": kept.numpy()[passes],

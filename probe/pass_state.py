@@ -228,7 +228,7 @@ class PassState:
         for b in range(self.batch):
             n = layout.n_visual[b]
             original = self.canvas.n_visual_at_start[b]
-            count = token_count(select["keep"], original, select["round"]) if "keep" in select else 0
+            count = token_count(select["keep"], original, select.get("round", "floor")) if "keep" in select else 0
             if n == 0 or count >= n:
                 plans.append(None)
                 continue

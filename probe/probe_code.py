@@ -60,17 +60,18 @@ class CodeProbe:
 
 def code_probe(
     *, steps: Any = "all", dims: tuple[str, ...] = (), name: str | None = None
-) -> Callable[[CodeFunction], CodeFunction]:
-    """Register a function as a probe. `steps` as in a recipe (`first`, 3, `{"from": "50%"}`, ...).
+) -> Callable[[CodeFunction], CodeProbe]:
+    """Make a probe of a function, for `--plugin` or `probe.run(code_probes=[...])`.
 
-    `dims` names the axes of the tensor that it returns (none: one number per step).
+    `steps` as in a recipe: `first`, 3, `{"from": "50%"}`, ... `dims` names the axes of the tensor that it returns
+    (none: one number per step).
     """
     when = Steps.parse(steps)
 
-    def register(function: CodeFunction) -> CodeFunction:
+    def register(function: CodeFunction) -> CodeProbe:
         key = name or function.__name__
         CODE_PROBES[key] = CodeProbe(key, function, when.fires, dims)
-        return function
+        return CODE_PROBES[key]
 
     return register
 

@@ -121,14 +121,19 @@ class Recipe(BaseModel):
     def __hash__(self) -> int:
         return hash(self._canonical())
 
-    def _canonical(self, *leave_out: str) -> str:
+    def _canonical(self, *leave_out: str, limit: bool = True) -> str:
         data = {k: v for k, v in self.model_dump(mode="json", by_alias=True).items() if k not in leave_out}
+        if not limit:
+            data["data"] = {k: v for k, v in data["data"].items() if k != "limit"}
         return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
     @property
     def hash(self) -> str:
-        """Sixteen hex digits of what the recipe does: not its description, nor how its values came about."""
-        text = self._canonical("about", "paper", "dial")
+        """Sixteen hex digits of what the recipe does to a sample.
+
+        Not its description, nor how its values came about, nor how many samples there are: a longer run is the same.
+        """
+        text = self._canonical("about", "paper", "dial", limit=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

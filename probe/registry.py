@@ -65,6 +65,11 @@ class Entry:
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
 
+def _same_place(old: Callable[..., Any], new: Callable[..., Any]) -> bool:
+    """Whether a function is the same one defined again, as when a notebook cell runs twice."""
+    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__) and old.__module__ == "__main__"
+
+
 class Registry:
     """Functions of one kind by name; `register` is a decorator."""
 
@@ -78,7 +83,7 @@ class Registry:
 
         def add(f: Callable[..., Any]) -> Callable[..., Any]:
             key = name or f.__name__
-            if key in self._entries:
+            if key in self._entries and not _same_place(self._entries[key].function, f):
                 raise ProbeError(f"{self.kind} `{key}` is registered twice ({f.__module__})")
             self._entries[key] = Entry(self.kind, key, f, meta)
             return f

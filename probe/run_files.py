@@ -60,6 +60,7 @@ def open_writer(
     command: str,
     code_probes: Sequence[CodeProbe],
     resume: bool,
+    own_samples: bool = False,
 ) -> TraceWriter:
     """A trace for one side of a run, with all that tells how it came about."""
     weights = next(backbone.parameters())
@@ -83,7 +84,7 @@ def open_writer(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         coords=coordinates(table),
-        extra={"default_plot": "attention_mass" if records else "commit_step"},
+        extra={"default_plot": "attention_mass" if records else "commit_step", "own_samples": int(own_samples)},
     )
     variables = [*ALWAYS, *recorded_variables(table), *(c.variable for c in code_probes)]
     return TraceWriter(path, header, variables, resume=resume)

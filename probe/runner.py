@@ -29,7 +29,7 @@ from probe.probe_code import CodeProbe
 from probe.recipe import Recipe
 from probe.run_files import failure_of, open_writer, output_folder, record_of
 from probe.summary import Row, summarise
-from probe.timing import Stopwatch
+from probe.timing import PHASES, Stopwatch
 from probe.views.picture import draw_run
 
 DEFAULT_LIMIT = 24
@@ -198,12 +198,20 @@ def run(
         sides.insert(0, side("baseline", recipe.without_interventions(), folder / f"{stem}.baseline.trace.h5"))
 
     failed = count = 0
+    warm = False
     notes: list[str] = []
     with ExitStack() as stack:
         writers = [
             stack.enter_context(
                 open_writer(
-                    s.path, s.recipe, s.table, backbone, command=command, code_probes=code_probes, resume=resume
+                    s.path,
+                    s.recipe,
+                    s.table,
+                    backbone,
+                    command=command,
+                    code_probes=code_probes,
+                    resume=resume,
+                    own_samples=samples is not None,
                 )
             )
             for s in sides
@@ -225,7 +233,9 @@ def run(
                     code_probes=code_probes,
                     total=total,
                     on_progress=on_progress,
+                    warm_up=not warm,
                 )
+                warm = True
             except KeyboardInterrupt:
                 raise
             except Exception as error:
@@ -269,6 +279,7 @@ def _one_sample(
     code_probes: Sequence[CodeProbe],
     total: int | None,
     on_progress: OnProgress | None,
+    warm_up: bool,
 ) -> list[Generated]:
     """All sides of one sample; pictures are encoded once, and each side is charged for it."""
     watch = Stopwatch(next(backbone.parameters()).device)
@@ -291,41 +302,53 @@ def _one_sample(
     # the baseline runs first: its logits are what signals such as logit_kl compare with
     compares = len(sides) > 1 and keeps_signals and any("reference" in r.signal.entry.needs for r in sides[-1].records)
     unpruned: StepLogits = {}
-    results = []
-    for side in sides:
+
+    def recorded(side: _Side) -> Generated:
         is_baseline = side is not sides[-1]
-        results += generate(
+        return generate(
             backbone,
             [prompt],
             rule,
             side.table if keeps_signals else side.bare,
             seed=seed,
             samples=[number],
-            encode_flops=[encode_flops],
             code_probes=code_probes if keeps_signals else (),
             on_step=on_step(side),
             collected=unpruned if compares and is_baseline else None,
             reference=None if is_baseline else unpruned,
-        )
-    bare: list[Generated | None] = [None] * len(sides)
-    if timed:
-        bare = [generate(backbone, [prompt], rule, s.bare, seed=seed, samples=[number])[0] for s in sides]
-    out = []
-    for s, result, unrecorded in zip(sides, results, bare, strict=True):
-        clean = np.nan
-        if unrecorded is not None:
-            clean = unrecorded.seconds + spent
-            if unrecorded.ids != result.ids:
-                raise ProbeError(f"{s.label}: recording changed the answer of sample {number}; please report this")
-        elif not s.recording:
-            clean = result.seconds + spent
-        arrays = result.arrays | {
-            "seconds_total": np.array(result.seconds + spent),
-            "seconds_unrecorded": np.array(clean),
-        }
-        arrays["seconds"][0, 0] = spent
-        out.append(replace(result, arrays=arrays))
-    return out
+        )[0]
+
+    def unrecorded(side: _Side) -> Generated:
+        # code probes may intervene, so they are part of what is timed
+        return generate(backbone, [prompt], rule, side.bare, seed=seed, samples=[number], code_probes=code_probes)[0]
+
+    recording = sides[0].recording
+    if warm_up and (timed or not recording):
+        unrecorded(sides[0])  # the first run of all pays for what libraries do once
+    turns = list(sides if compares or number % 2 == 0 else sides[::-1])
+    results = {side.path: recorded(side) for side in turns}
+    again = turns if timed else []
+    clean = {side.path: unrecorded(side) for side in again} if recording else results
+    return [_charged(side, results[side.path], clean.get(side.path), spent, encode_flops, number) for side in sides]
+
+
+def _charged(
+    side: _Side, result: Generated, clean: Generated | None, spent: float, encode_flops: float, number: int
+) -> Generated:
+    """A result with its share of the encoding, and with time and FLOPs of the run that recorded nothing."""
+    if clean is not None and clean.ids != result.ids:
+        raise ProbeError(f"{side.label}: recording changed the answer of sample {number}; please report this")
+    arrays = dict(result.arrays)
+    encode = PHASES.index("encode")
+    arrays["seconds"][0, encode], arrays["flops"][0, encode] = spent, encode_flops
+    nan = np.array(np.nan)
+    arrays |= {
+        "seconds_total": result.arrays["seconds_total"] + spent,
+        "flops_total": result.arrays["flops_total"] + encode_flops,
+        "seconds_unrecorded": nan if clean is None else clean.arrays["seconds_total"] + spent,
+        "flops_unrecorded": nan if clean is None else clean.arrays["flops_total"] + encode_flops,
+    }
+    return replace(result, arrays=arrays)
 
 
 def pick_device(device: str) -> str:

@@ -16,7 +16,7 @@ from probe.trace import open_trace
 class Row:
     """One line of the table. Means over the samples that did not fail; NaN where nothing is known.
 
-    `seconds` is wall time per sample with nothing recorded; `flops` executed FLOPs per sample; `visual_tokens` the
+    `seconds` is wall time and `flops` executed FLOPs per sample with nothing recorded; `visual_tokens` the
     mean over layers and steps (so the trajectory average); `retention` the same as a share of the original;
     `untouched` counts the samples with pictures that kept every visual token to the end.
     """
@@ -48,7 +48,7 @@ def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:
             original = [trace.extents(k)["visual"] for k in ran]
             retention = [t / n if n else np.nan for t, n in zip(tokens, original, strict=True)]
             scores = trace.array("score")[ran].tolist()
-            seconds, flops = (trace.array(name)[ran].tolist() for name in ("seconds_unrecorded", "flops_total"))
+            seconds, flops = (trace.array(name)[ran].tolist() for name in ("seconds_unrecorded", "flops_unrecorded"))
         rows.append(
             Row(
                 label=label,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PHASES: tuple[str, ...] = ("encode", "prefill", "backbone", "head", "sampler", "probe", "write")
+PHASES: tuple[str, ...] = ("encode", "backbone", "head", "sampler", "probe")
 """The phases of a trace's `seconds` and `flops`."""
 
 

@@ -90,8 +90,6 @@ class Backbone(ABC, nn.Module):
     facts: ModelFacts
     special: SpecialIds
     defaults: GenerationDefaults
-    logit_shift: int = 0
-    """Row p predicts slot p + logit_shift (0: LLaDA family, 1: Dream family)."""
     source: str
     """Where the weights came from (folder or Hub id), for the trace."""
     revision: str

@@ -53,7 +53,6 @@ class LladaV(Backbone):
     """LLaDA-V behind the adapter contract. Without an encoder it is the language model alone."""
 
     defaults = GenerationDefaults(gen_length=128, block_length=128, steps=128, stop=(names.EOT.text,))
-    logit_shift = 0
 
     def __init__(
         self,

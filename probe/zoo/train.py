@@ -40,7 +40,7 @@ from probe.zoo.tokenizer import build
 from probe.zoo.world import TRAIN_SEEDS
 
 PACKED_UNTIL = 0.8  # the share of the training that packs groups
-DESCRIBE_FROM = 0.22  # from here on long answers, and among them descriptions, take most of the steps
+DESCRIBE_FROM = 0.3  # from here on long answers, and among them descriptions, take most of the steps
 CURRICULUM_UNTIL = 0.4  # the share over which one- and two-line pages give way to whole ones
 
 
@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m probe.zoo.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--work", type=Path, help="folder of the state to go on from (default: OUT.training)")
-    parser.add_argument("--steps", type=int, help="steps of the language model (default 4300)")
+    parser.add_argument("--steps", type=int, help="steps of the language model (default 3100)")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop the language model after so many minutes")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and masks")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (one is fastest on a busy machine)")
@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     work = given.work or given.out.with_name(given.out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
     run = Run(size, given.out, work, given.seed)
-    run.train(given.steps or (40 if given.smoke else 4_300), given.minutes, given.save_every)
+    run.train(given.steps or (40 if given.smoke else 3_100), given.minutes, given.save_every)
     scores = evaluate(run.model, run.tower, run.prompts, 2 if given.smoke else given.evaluate)
     _say("reserved pictures: " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
