@@ -79,17 +79,15 @@ def _last_kept(trace: Trace, row: int) -> np.ndarray:
 def draw_run(baseline: Path | None, recipe: Path, out: Path, samples: int = 3) -> Path | None:
     """Up to `samples` pictures, one column each: as shown, with the tokens left at the end, and both answers.
 
-    Chooses samples whose tokens were removed, different tasks first. Returns None when no sample has a picture.
+    Chooses samples whose tokens were removed, of different tasks. Returns None when no sample has a picture.
     """
     with open_trace(recipe) as trace:
         failed = trace.array("failed")
         rows = [r for r in range(trace.n_samples) if not failed[r] and trace.picture(r) is not None]
         if not rows:
             return None
-        rows.sort(key=lambda r: bool(_last_kept(trace, r).all()))
-        tasks = [str(t) for t in trace.array("task")]
-        chosen = _different(rows, [tasks[r] for r in rows], samples)
         before = _predictions(baseline)
+        chosen = _different(trace, rows, before, samples)
         columns = [_column(trace, r, before) for r in chosen]
         title = f"{trace.header.recipe_name} on {Path(trace.header.backbone).name}"
     width = len(columns) * (PANEL + GAP) + GAP
@@ -109,14 +107,22 @@ def draw_run(baseline: Path | None, recipe: Path, out: Path, samples: int = 3) -
     return out
 
 
-def _different(rows: Sequence[int], tasks: Sequence[str], n: int) -> list[int]:
+def _different(trace: Trace, rows: Sequence[int], before: dict[int, tuple[str, float]], n: int) -> list[int]:
+    """Up to `n` rows that show the most: tokens were removed, pictures and tasks differ, one answer changed."""
+    numbers, texts, tasks = trace.array("sample"), trace.array("prediction"), trace.array("task")
+
+    def changed(row: int) -> bool:
+        return int(numbers[row]) in before and before[int(numbers[row])][0] != str(texts[row])
+
+    pruned = [r for r in rows if not _last_kept(trace, r).all()]
+    order = [*[r for r in pruned if changed(r)][:1], *pruned, *rows]
     chosen: list[int] = []
-    seen: set[str] = set()
-    for row, task in zip(rows, tasks, strict=True):
-        if task not in seen:
-            seen.add(task)
+    pictures: set[bytes | None] = set()
+    for row in dict.fromkeys(order):
+        if trace.picture(row) not in pictures and str(tasks[row]) not in {str(tasks[c]) for c in chosen}:
+            pictures.add(trace.picture(row))
             chosen.append(row)
-    return (chosen + [r for r in rows if r not in chosen])[:n]
+    return sorted((chosen + [r for r in dict.fromkeys(order) if r not in chosen])[:n])
 
 
 def _predictions(path: Path | None) -> dict[int, tuple[str, float]]:

@@ -35,8 +35,8 @@ def _ratio(value: float, base: float) -> str:
 def render_table(result: RunResult) -> RenderableType:
     """Baseline against recipe, and where the traces are. Fits 80 columns."""
     base = result.rows[0]
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    table.add_column("run", no_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("run ", no_wrap=True)
     for name in ("n", "score", "agrees", "seconds", "speed", "FLOPs", "ratio", "visual tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
