@@ -141,7 +141,7 @@ def attention_mass(trace: Trace, wanted: Wanted) -> Figure:
     for key in ("steps", "layers"):
         panels[key].set_ylim(0, both)
 
-    print_ = [_main_print(main, axis, len(rows))]
+    print_ = _main_print(main, axis, len(rows))
     if by_head:
         print_.append(_draw_heads(figure, panels, trace, by_head, rows, step))
     handles, labels = panels["steps"].get_legend_handles_labels()
@@ -166,16 +166,16 @@ def _dark(group: str) -> str:
     return to_hex((0.72 * red, 0.72 * green, 0.72 * blue))
 
 
-def _main_print(variable: Variable, axis: StepAxis, n: int) -> str:
+def _main_print(variable: Variable, axis: StepAxis, n: int) -> list[str]:
     form = re.search(r"form=(\w+)", variable.long_name)
     told = f" ({_FORMS.get(form[1], form[1])})" if form else ""
     spread = "; lines: mean over samples, bands: middle half of the samples" if n > 1 else ""
     places = "; samples of different length share one axis by relative progress" if axis.relative else ""
-    return (
-        f"variable `{variable.name}`{told}{spread}{places}.\n"
+    return [
+        f"variable `{variable.name}`{told}{spread}{places}.",
         "visual = segments visual + newline, text = system + question. "
-        "A segment's size counts: even attention would give each its share of the sequence."
-    )
+        "A segment's size counts: even attention would give each its share of the sequence.",
+    ]
 
 
 def _draw_heads(

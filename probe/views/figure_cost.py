@@ -62,7 +62,7 @@ def cost(trace: Trace, wanted: Wanted) -> Figure:
     for k in shown:
         share = np.array([100 * t[k] / t.sum() if t.sum() else 0.0 for t in (totals["seconds"], totals["flops"])])
         bars = top.barh(names, share, 0.72, left, color=ROLE_COLOURS.get(phases[k], FAINT), label=phases[k])
-        dark = phases[k] in ("backbone", "sampler", "write")
+        dark = phases[k] in ("backbone", "sampler")
         labels = [f"{s:.0f}%" if s >= 4 else "" for s in share]
         top.bar_label(bars, labels, label_type="center", color="white" if dark else INK, fontsize=9)
         left += share
@@ -181,7 +181,7 @@ def tradeoff(traces: Sequence[Trace], wanted: Wanted) -> Figure:
     if all(np.isnan(r.score) for r in rows):
         raise ProbeError("nothing to draw: no sample of these traces has a score (a reference is needed)")
     costs: dict[str, tuple[str, Any]] = {
-        "flops": ("compute per sample", EngFormatter(unit="FLOP")),
+        "flops": ("compute per sample (recording off)", EngFormatter(unit="FLOP")),
         "seconds": ("time per sample (recording off)", EngFormatter(unit="s")),
         "visual_tokens": ("visual tokens, mean over steps and layers", StrMethodFormatter("{x:.0f}")),
     }
@@ -225,7 +225,7 @@ def tradeoff(traces: Sequence[Trace], wanted: Wanted) -> Figure:
     n = f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]} to {sizes[-1]}"
     models = ", ".join(dict.fromkeys(backbone_name(t.header.backbone) for t in traces))
     head(figure, "Score against cost", f"{models} · {len(rows)} runs · {n} samples each")
-    used = {"flops": "`flops_total`", "seconds": "`seconds_unrecorded`", "visual_tokens": "`visual_tokens`"}
+    used = {"flops": "`flops_unrecorded`", "seconds": "`seconds_unrecorded`", "visual_tokens": "`visual_tokens`"}
     small_print(figure, [f"variables `score` (bars: 95 % interval of the mean), {', '.join(used[k] for k in costs)}."])
     return figure
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A"
 INK, FAINT = "#222222", "#555555"
 NOTHING = "#E4E4E4"
@@ -42,12 +42,10 @@ ROLE_COLOURS: dict[str, str] = {
     "withdrawn": BLUE,
     # phases of a pass
     "encode": ORANGE,
-    "prefill": YELLOW,
     "backbone": BLUE,
     "head": SKY,
     "sampler": GREEN,
     "probe": PURPLE,
-    "write": VERMILION,
 }
 """What has a colour of its own, in every figure."""
 

@@ -66,7 +66,7 @@ FIGURES: Mapping[str, Figure] = {
     "cost": Figure("time and FLOPs by phase, in all and per step", cost, ("seconds", "flops")),
     "tradeoff": Figure(
         "score against FLOPs, seconds and visual tokens of several runs, with the Pareto front",
-        tradeoff, ("score", "flops_total"), (), many=True,
+        tradeoff, ("score", "visual_tokens", "flops_unrecorded", "seconds_unrecorded"), (), many=True,
     ),
 }  # fmt: skip
 """Every figure by name."""
@@ -140,7 +140,8 @@ def draw(
             _check(trace, name, chosen)
         with matplotlib.rc_context(STYLE):
             result = chosen.function(opened if chosen.many else opened[0], wanted)
-            result.draw_without_rendering()  # lays out, while the style holds and the traces are open
+            for _ in range(2):  # lays out while the style holds; the second time with the first one's tick labels
+                result.draw_without_rendering()
         return result
 
 
@@ -154,7 +155,8 @@ def default_figure(trace: Trace) -> str:
 
 
 def _missing(trace: Trace, figure: Figure) -> list[str]:
-    return [name for name in figure.needs if not variables_like(trace, name)]
+    # signals may be recorded under longer names (`as: attention_mass_masked`)
+    return [n for n in figure.needs if n not in trace.variables and not (figure.recipe and variables_like(trace, n))]
 
 
 def _check(trace: Trace, name: str, figure: Figure) -> None:
