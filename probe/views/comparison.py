@@ -88,8 +88,13 @@ def _runs(c: Comparison) -> RenderableType:
         )  # fmt: skip
         table.add_row(Text(run.label, style="bold"), Text(run.recipe), *map(Text, dials), Text(file))
     left = f"; {c.left_out} left out" if c.left_out else ""
-    title = f"{len(c.runs)} run{'s' * (len(c.runs) > 1)} against {c.reference.label}, paired over {c.n} samples{left}"
+    runs, samples = _count(len(c.runs), "run"), _count(c.n, "sample")
+    title = f"{runs} against {c.reference.label}, paired over {samples}{left}"
     return Group(Text(title, style="bold"), Text(), table)
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
 
 
 def _telling(paths: Sequence[Path]) -> list[str]:
@@ -134,7 +139,7 @@ def _cost(c: Comparison) -> Iterable[RenderableType]:
         f"FLOPs: executed per sample; ratio: to {c.reference.label}'s, below 1 is cheaper",
     ]
     if any(math.isnan(r.seconds) for r in (c.reference, *c.runs)):
-        lines.append("seconds: per sample; -: timed only while recording, which tells no speed")
+        lines.append("seconds: per sample; -: not timed without recording, so no speed is told")
     else:
         lines.append(f"seconds: per sample with nothing recorded; ratio: to {c.reference.label}'s")
     yield from _said(*lines)
@@ -148,8 +153,8 @@ def _divergence(held: Sequence[tuple[Run, Divergence]], reference: str) -> Itera
         table = _table("information", "n", "loss", "95 % interval", "left", "restored", "95 % interval")
         for run, d in held:
             table.add_row(
-                run.label, str(d.loss.n if d.n else "none"), _number(d.loss.value), _interval(d.loss), _number(d.left.value),
-                _percent(d.restored.value), _interval(d.restored, "%"),
+                run.label, str(d.loss.n if d.n else "none"), _number(d.loss.value), _interval(d.loss),
+                _number(d.left.value), _percent(d.restored.value), _interval(d.restored, "%"),
             )  # fmt: skip
         yield table
         yield from _said(

@@ -279,15 +279,24 @@ def render_frame(frame: Frame, *, width: int = 80, height: int | None = None) ->
     if height is not None and _height(lines, width) > height:
         lines = [*head, *cells, keys, Text(), *visual, *tail]
     if height is not None and _height(lines, width) > height:
+        tail = [_cut(line, 2 * width - 16) for line in tail]  # two lines, also where words leave them short
         cells = _cells(frame, width, bars=False)
         room = height - _height([*head, keys, Text(), *visual, *tail], width)
         lines = [*head, *_around_new(frame, cells, width, room), keys, Text(), *visual, *tail]
     return Group(*lines)
 
 
+def _cut(text: Text, size: int) -> Text:
+    """The beginning of a text that is too long."""
+    short = text.copy()
+    short.truncate(size, overflow="ellipsis")
+    return short
+
+
 def _height(lines: Sequence[Text], width: int) -> int:
     """Lines of the terminal that texts take when they are wrapped."""
-    return sum(max(1, math.ceil(line.cell_len / width)) for line in lines)
+    console = Console(width=width, file=io.StringIO())
+    return sum(1 if line.no_wrap else len(line.wrap(console, width)) for line in lines)
 
 
 def _pair(name: str, text: str, style: str = "") -> Text:
@@ -344,14 +353,14 @@ def _broken(widths: Sequence[int], width: int) -> list[list[int]]:
 
 def _around_new(frame: Frame, lines: list[Text], width: int, room: int) -> list[Text]:
     """As many of the lines as there is room for, with the first slot that this step wrote among them."""
-    room = max(1, room)
     if len(lines) <= room:
         return lines
+    room = max(1, room - 1)  # a line says what part this is
     new = next((p for p, s in enumerate(frame.slots) if s.state in _MARKS), 0)
     at = next((i for i, places in enumerate(_broken(frame.widths, width)) if new in places), 0)
     start = max(0, min(at - room // 2, len(lines) - room))
-    shown = lines[start : start + room]
-    return [*shown[:-1], Text(f"(lines {start + 1} to {start + room} of {len(lines)})", style="dim")]
+    part = f"(lines {start + 1} to {start + room} of {len(lines)})"
+    return [*lines[start : start + room], Text(part, style="dim")]
 
 
 def _legend(frame: Frame) -> Text:
@@ -596,12 +605,13 @@ def draw_frame(frame: Frame) -> Image.Image:
         pen.rectangle((x, top + 24, x + done, top + 34), fill=FRAME)
     bottom = _draw_text(pen, x, top + 48, room, "asked", frame.question, INK)
     bottom = _draw_cells(pen, x, bottom + 6, room, frame)
-    answer = frame.answer.replace(OPEN, "_") or "(nothing)"
-    bottom = _draw_text(pen, x, bottom + 8, room, "so far", answer, INK)
-    if frame.step == frame.n_steps - 1:
+    if frame.step < frame.n_steps - 1:
+        answer = frame.answer.replace(OPEN, "_") or "(nothing)"
+        bottom = _draw_text(pen, x, bottom + 8, room, "so far", answer, INK)
+    else:
         colour = INK if math.isnan(frame.score) else RIGHT if frame.score >= 0.995 else WRONG
         score = "" if math.isnan(frame.score) else f"  (score {frame.score:.2f})"
-        bottom = _draw_text(pen, x, bottom, room, "answer", f"{frame.prediction or '(nothing)'}{score}", colour)
+        bottom = _draw_text(pen, x, bottom + 8, room, "answer", f"{frame.prediction or '(nothing)'}{score}", colour)
         if frame.references:
             bottom = _draw_text(pen, x, bottom, room, "right", frame.references[0], DIM)
     return sheet.crop((0, 0, _WIDE, max(y, bottom) + _MARGIN))
