@@ -83,6 +83,7 @@ def cost(trace: Trace, wanted: Wanted) -> Figure:
                 color=ROLE_COLOURS.get(phases[k], FAINT), label=phases[k],
             )  # fmt: skip
             below += per_step[name][:, k]
+        axes.locator_params(axis="y", nbins=4)
         axes.yaxis.set_major_formatter(EngFormatter(unit=units[name]))
         axes.grid(axis="y")
         axes.set_xlim(-0.6, axis.length - 0.4)

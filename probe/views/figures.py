@@ -80,7 +80,7 @@ def list_figures() -> list[tuple[str, str]]:
 
 
 def plot(
-    traces: Sequence[Path],
+    traces: Sequence[str | Path],
     figure: str | None,
     out: Path,
     *,
@@ -109,7 +109,7 @@ def plot(
 
 
 def draw(
-    traces: Sequence[Path],
+    traces: Sequence[str | Path],
     figure: str | None = None,
     *,
     sample: int | None = None,

@@ -17,6 +17,7 @@ from probe.site import SEGMENTS, Fate, Role
 from probe.timing import PHASES
 from probe.trace import SampleRecord, TraceHeader, TraceWriter, Variable, open_trace
 from probe.views import figures
+from probe.views.figure_style import STYLE
 from probe.views.figures import FIGURES, draw, list_figures, plot
 
 pytest.importorskip("matplotlib")
@@ -55,7 +56,7 @@ BY_HEAD = Variable("attention_mass_heads", ("step", "layer", "head", "segment", 
 
 
 def boxes(visual: int) -> np.ndarray:
-    """Four boxes of the whole picture, then a grid of 4 x 4; a row separator after each row of the grid sees nothing."""
+    """Four boxes of the whole picture, then a grid of 4 x 4 with a separator, which sees nothing, after each row."""
     whole = [(x / 2, y / 2, x / 2 + 0.5, y / 2 + 0.5) for y in range(2) for x in range(2)]
     rows = [[(x / 4, y / 4, x / 4 + 0.25, y / 4 + 0.25) for x in range(4)] + [(np.nan,) * 4] for y in range(4)]
     return np.array([*whole, *itertools.chain(*rows)][:visual]).reshape(visual, 4)
@@ -150,7 +151,7 @@ def texts(figure) -> list:
     for axes in figure.get_axes():
         found += [c for c in axes.get_children() if hasattr(c, "get_fontsize")]
         legend = axes.get_legend()
-        found += list(legend.get_texts()) + [legend.get_title()] if legend else []
+        found += [*legend.get_texts(), legend.get_title()] if legend else []
         if not axes.axison:
             continue
         for axis in (axes.xaxis, axes.yaxis):
@@ -163,7 +164,14 @@ def texts(figure) -> list:
 
 
 def check_layout(figure) -> None:
-    """No text over another, none cut off, none smaller than 8 points, and no legend over data."""
+    """No text over another, none cut off, none smaller than 8 points, and no legend over data, as it is saved."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        _check_layout(figure)
+
+
+def _check_layout(figure) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -197,7 +205,7 @@ def test_titles_tell_the_run_and_texts_do_not_collide(mixed: Path, name: str) ->
     figure = draw([mixed], name)
     words = " ".join(t.get_text() for t in texts(figure))
     assert "Some-Model-8B" in words and "demo" in words
-    assert "n = 3 samples" in words and "1 failed" in words or name == "importance" and "n = 1" in words
+    assert "n = 1" in words if name == "importance" else "n = 3 samples, 2 to 5 steps, 1 failed" in words
     assert any(f"`{variable}`" in figure._supxlabel.get_text() for variable in FIGURES[name].needs)
     check_layout(figure)
 
@@ -527,3 +535,45 @@ def test_roles_that_stand_side_by_side_differ_in_colour() -> None:
     ]  # fmt: skip
     for roles in together:
         assert len({ROLE_COLOURS[r] for r in roles}) == len(roles)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def fenced(language: str) -> list[str]:
+    return [part.split("```", 1)[0] for part in PAGE.read_text().split(f"```{language}\n")[1:]]
+
+
+def test_every_command_of_the_page_draws_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from probe.__main__ import load_cli
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(REPO / "recipes")
+    commands = [shlex.split(line) for block in fenced("sh") for line in block.splitlines()]
+    assert {name for words in commands for name in words} >= {*SINGLE}
+    cli = load_cli()
+    for words in commands:
+        if words[1] == "run":
+            limit = "4" if "quickstart" in words else "1"  # the page looks at sample 3 of that run
+            words = [limit if before == "--limit" else word for before, word in zip(["", *words], words, strict=False)]
+            words += [] if "--limit" in words else ["--limit", limit]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        assert not end.value.code, words
+        if "-o" in words:
+            made = Path(words[words.index("-o") + 1])
+            assert made.stat().st_size > 5000
+            if made.suffix == ".png":
+                assert Image.open(made).width >= 1000
+    for code in fenced("python"):
+        exec(compile(code, "page", "exec"), {})
+    assert Path("retention.pdf").exists()
+
+
+def test_every_figure_has_a_picture_on_the_page() -> None:
+    for name in FIGURES:
+        assert f"## {name}: " in PAGE.read_text()
+        with Image.open(PAGE.parent / "figures" / f"{name}.png") as image:
+            assert image.width == 1000
