@@ -1,7 +1,7 @@
 """One self-contained HTML page of one or several traces: `write_report`. Opens from disk, fetches nothing.
 
 The page is `report_page.html`, its style `report_page.css`, its wiring `report_page.js`; Plotly draws the charts.
-Tables are written here, as plain HTML; what depends on a chosen sample is packed and unpacked by the page.
+Tables (`report_tables.py`) are plain HTML; what depends on a chosen sample is packed and unpacked by the page.
 """
 
 from __future__ import annotations
@@ -9,23 +9,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from probe.data.metrics import agreement
 from probe.errors import ProbeError
 from probe.site import Fate
-from probe.summary import Row, summarise
 from probe.trace import Trace, open_trace
-from probe.trace_schema import SampleRecord
 from probe.views import report_data as data
-from probe.views.table import flops_text
+from probe.views.report_tables import Item, option, run_table, sample_table
 
 _HERE = Path(__file__).parent
 _FATES = {
@@ -62,30 +57,10 @@ def write_report(traces: Sequence[Path], out: Path, *, samples: int | None = Non
 
 def _plotly() -> str:
     try:
-        from plotly.offline import get_plotlyjs
+        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
     except ImportError as error:
         raise ProbeError("a report needs Plotly: pip install 'dmllm-probe[report]'") from error
     return str(get_plotlyjs()).replace("\r\n", "\n")
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One sample as the page shows it: its records (None where a trace lacks it) and its packed payload."""
-
-    number: int
-    records: tuple[SampleRecord | None, ...]
-    payload: str
-
-    @property
-    def any(self) -> SampleRecord:
-        """The first record that says what was asked."""
-        present = [r for r in self.records if r is not None]
-        return next((r for r in present if r.question), present[0])
-
-    @property
-    def failed(self) -> str:
-        """The reason of the first trace in which the sample failed."""
-        return next((r.failed for r in self.records if r is not None and r.failed), "")
 
 
 def _page(traces: Sequence[Trace], plotly: str, wanted: int | None) -> str:
@@ -103,15 +78,17 @@ def _page(traces: Sequence[Trace], plotly: str, wanted: int | None) -> str:
         policy=_policy(plotly, own),
         title=escape(title),
         about=escape(about + count),
-        run_table=_run_table(traces, labels),
+        run_table=run_table(traces, labels),
         notes="".join(f"<p class='note'>{escape(n)}</p>" for n in _notes(traces, labels, rows, items)),
-        options="".join(_option(item) for item in items),
-        sample_table=_sample_table(items, labels),
+        options="".join(option(item) for item in items),
+        sample_table=sample_table(items, labels),
         details="".join(_details(t, label) for t, label in zip(traces, labels, strict=True)),
         **{f"{panel}_lanes": _lanes(panel, labels) for panel in ("picture", "answer", "tokens", "map", "mass")},
         answers="".join(f"<div class='lane' id='said-{k}'></div>" for k in range(len(traces))),
         run=_json(_run(traces, labels, shown, items)),
-        payloads="".join(f"<script type='text/plain' id='payload-{i}'>{x.payload}</script>" for i, x in enumerate(items)),
+        payloads="".join(
+            f"<script type='text/plain' id='payload-{i}'>{x.payload}</script>" for i, x in enumerate(items)
+        ),
         style=style,
         plotly=plotly,
         script=own,
@@ -150,8 +127,8 @@ def _items(
     shown: Sequence[data.Shown],
     rows: dict[int, list[int | None]],
     wanted: int | None,
-) -> list[_Item]:
-    items: list[_Item] = []
+) -> list[Item]:
+    items: list[Item] = []
     spent = 0
     for number, places in rows.items():
         if len(items) == wanted or (wanted is None and spent > data.BUDGET):
@@ -162,15 +139,17 @@ def _items(
         picture = next((r.picture for r in records if r is not None and r.picture is not None), None)
         payload = pack.text({"picture": data.picture_uri(picture), "sides": sides})
         spent += len(payload)
-        items.append(_Item(number, records, payload))
+        items.append(Item(number, records, payload))
     return items
 
 
 def _run(
-    traces: Sequence[Trace], labels: Sequence[str], shown: Sequence[data.Shown], items: Sequence[_Item]
+    traces: Sequence[Trace], labels: Sequence[str], shown: Sequence[data.Shown], items: Sequence[Item]
 ) -> dict[str, Any]:
     """What the page knows without a sample: names, units, words."""
-    sides, maps, described = [], {}, {}
+    sides: list[dict[str, Any]] = []
+    maps: dict[str, dict[str, Any]] = {}
+    described: dict[str, dict[str, str]] = {}
     for k, (trace, its) in enumerate(zip(traces, shown, strict=True)):
         records = [r for item in items if (r := item.records[k]) is not None]
         words = data.Words(trace.header.backbone, trace.header.weights_revision)
@@ -182,7 +161,12 @@ def _run(
             for place, name in enumerate(data.map_places(v, trace)):
                 maps.setdefault(
                     f"{v.name}/{name}",
-                    {"variable": v.name, "place": place, "label": f"{v.name}{': ' if name else ''}{name}", "name": name},
+                    {
+                        "variable": v.name,
+                        "place": place,
+                        "label": f"{v.name}{': ' if name else ''}{name}",
+                        "name": name,
+                    },
                 )
         for v in (*its.importance, *its.slots, *its.maps):
             heads = "; mean over heads" if "head" in v.dims else ""
@@ -207,90 +191,8 @@ def _run(
     }
 
 
-# ---------------------------------------------------------------------------------------------- tables
-
-
-def _number(value: float, form: str = ".3f") -> str:
-    return "–" if math.isnan(value) else format(value, form)
-
-
-def _cell(text: str, value: float | None = None) -> str:
-    sort = "" if value is None else f" data-value='{'' if math.isnan(value) else repr(value)}'"
-    return f"<td{' class=number' if value is not None else ''}{sort}>{escape(text)}</td>"
-
-
-def _table_rows(traces: Sequence[Trace], labels: Sequence[str]) -> list[Row]:
-    try:
-        return list(summarise([t.path for t in traces], labels))
-    except ProbeError:  # a trace of other software, or of an older version: what every trace has
-        pass
-    nan = math.nan
-    out = []
-    for trace, label in zip(traces, labels, strict=True):
-        said = trace.summary()
-        score = nan if said["mean_score"] is None else said["mean_score"]
-        interval = said["score_interval"]
-        half = (interval[1] - interval[0]) / 2 if interval else nan
-        ran = said["n_samples"] - said["n_failed"]
-        out.append(
-            Row(
-                label=label,
-                n=ran,
-                score=score,
-                score_half_width=half,
-                agreement=_agreement(traces[0], trace),
-                seconds=nan,
-                flops=nan,
-                visual_tokens=nan,
-                retention=nan,
-                untouched=0,
-            )
-        )
-    return out
-
-
-def _agreement(first: Trace, other: Trace) -> float:
-    said = dict(zip(first.samples.tolist(), first.array("prediction"), strict=True))
-    pairs = zip(other.samples.tolist(), other.array("prediction"), other.array("failed"), strict=True)
-    found = [agreement(str(said[n]), str(text)) for n, text, failed in pairs if not failed and n in said]
-    return sum(found) / len(found) if found else math.nan
-
-
-def _run_table(traces: Sequence[Trace], labels: Sequence[str]) -> str:
-    rows = _table_rows(traces, labels)
-    base = rows[0]
-    heads = ["run", "samples", "score", "visual tokens", "FLOPs", "seconds"]
-    if len(rows) > 1:
-        heads[3:3] = ["agrees"]
-        heads += ["speed"]
-    body = []
-    for row in rows:
-        interval = "" if math.isnan(row.score_half_width) else f" ± {row.score_half_width:.2f}"
-        kept = "" if math.isnan(row.retention) else f" ({row.retention:.0%})"
-        known = row.seconds > 0 and base.seconds > 0
-        cells = [
-            _cell(str(row.n), row.n),
-            _cell(_number(row.score) + interval, row.score),
-            _cell(_number(row.visual_tokens, ".1f") + kept, row.visual_tokens),
-            _cell("–" if math.isnan(row.flops) else flops_text(row.flops), row.flops),
-            _cell(_number(row.seconds), row.seconds),
-        ]
-        if len(rows) > 1:
-            cells.insert(2, _cell("" if row is base else _number(row.agreement), row.agreement))
-            speed = base.seconds / row.seconds if known else math.nan
-            cells.append(_cell("" if row is base else "–" if not known else f"{speed:.2f}×", speed))
-        body.append(f"<tr><th scope='row'>{escape(row.label)}</th>{''.join(cells)}</tr>")
-    head = "".join(f"<th scope='col'{' class=number' if i else ''}>{h}</th>" for i, h in enumerate(heads))
-    agrees = f"; agrees: share of answer tokens equal to those of {escape(base.label)}" if len(rows) > 1 else ""
-    return (
-        f"<table id='runs'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        f"<p class='caption'>Means over samples that did not fail. Score: with half of its 95 % interval{agrees}. "
-        "Visual tokens: mean over layers and steps. Seconds and FLOPs: per sample; seconds with nothing recorded.</p>"
-    )
-
-
 def _notes(
-    traces: Sequence[Trace], labels: Sequence[str], rows: dict[int, list[int | None]], items: Sequence[_Item]
+    traces: Sequence[Trace], labels: Sequence[str], rows: dict[int, list[int | None]], items: Sequence[Item]
 ) -> list[str]:
     notes = []
     for trace, label in zip(traces, labels, strict=True):
@@ -302,41 +204,6 @@ def _notes(
     if len(items) < len(rows):
         notes.append(f"The first {len(items)} of {len(rows)} samples can be looked at here; --samples takes more.")
     return notes
-
-
-def _option(item: _Item) -> str:
-    record = item.any
-    text = " · ".join(t for t in (str(item.number), record.task, record.question.replace("\n", " ")[:70]) if t)
-    return f"<option value='{escape(str(item.number))}'>{escape(text + (' (failed)' if item.failed else ''))}</option>"
-
-
-def _sample_table(items: Sequence[_Item], labels: Sequence[str]) -> str:
-    """One line per sample; headings are buttons that sort."""
-    heads = [("sample", "number"), ("question", "text"), ("right answer", "text")]
-    for label in labels:
-        heads += [(f"{label}: answer", "text"), (f"{label}: score", "number")]
-    head = "".join(
-        f"<th scope='col' class='{kind}'><button type='button' class='sort'>{escape(name)}</button></th>"
-        for name, kind in heads
-    )
-    body = []
-    for i, item in enumerate(items):
-        record = item.any
-        choose = f"<button type='button' class='choose' data-sample='{i}'>{item.number}</button>"
-        cells = [
-            f"<td class='number' data-value='{item.number}'>{choose}</td>",
-            _cell(record.question),
-            _cell(record.references[0] if record.references else ""),
-        ]
-        for r in item.records:
-            if r is None:
-                cells += ["<td class='missing'>not in this trace</td>", _cell("", math.nan)]
-            elif r.failed:
-                cells += [f"<td class='missing'>failed: {escape(r.failed)}</td>", _cell("", math.nan)]
-            else:
-                cells += [_cell(r.prediction), _cell(_number(r.score), r.score)]
-        body.append(f"<tr data-sample='{i}'>{''.join(cells)}</tr>")
-    return f"<table id='samples'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def _lanes(panel: str, labels: Sequence[str]) -> str:

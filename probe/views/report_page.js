@@ -12,7 +12,7 @@ const FONT = { family: getComputedStyle(document.body).fontFamily, size: 13, col
 const RECORDS = { visual_importance: "recipes/record/visual_importance.yaml",
   attention_mass: "recipes/record/attention_mass.yaml", confidence: "recipes/record/confidence.yaml" };
 
-const shown = { index: 0, step: 0, layer: 0, sample: null };
+const shown = { index: 0, step: 0, layer: 0, sample: null, looked: false, frame: 0 };
 const unpacked = new Map();
 
 // ------------------------------------------------------------------ data
@@ -84,6 +84,9 @@ function element(tag, className, text) {
 
 function absent(chart, why, recipe) {
   Plotly.purge(chart);
+  chart.style.height = "";
+  chart.removeAttribute("role");
+  chart.removeAttribute("aria-label");
   const said = element("p", "absent", why);
   if (recipe) said.append(" To record it: ", element("code", "", `probe run ${recipe}`));
   chart.replaceChildren(said);
@@ -91,14 +94,15 @@ function absent(chart, why, recipe) {
 
 function draw(chart, traces, layout, about) {
   if (chart.querySelector(".absent")) chart.replaceChildren();
+  chart.style.height = `${layout.height}px`; // Plotly does not stretch what it draws into
   chart.setAttribute("role", "img");
   chart.setAttribute("aria-label", about);
-  const base = { font: FONT, margin: { l: 52, r: 12, t: 8, b: 42 }, paper_bgcolor: "#fff", plot_bgcolor: "#fff",
+  const base = { font: FONT, margin: { l: 52, r: 12, t: 8, b: 46 }, paper_bgcolor: "#fff", plot_bgcolor: "#fff",
     hoverlabel: { font: FONT, bgcolor: "#fff", bordercolor: "#8d8e99" }, dragmode: false };
   Plotly.react(chart, traces, { ...base, ...layout }, CONFIG);
 }
 
-const axis = (title, more = {}) => ({ title: { text: title, standoff: 6 }, fixedrange: true, zeroline: false,
+const axis = (title, more = {}) => ({ title: { text: title, standoff: 8 }, fixedrange: true, zeroline: false,
   gridcolor: "#e8e8ee", ticks: "outside", tickcolor: "#8d8e99", ...more });
 /** An axis that counts: whole numbers only, and no more ticks than can be read. */
 const counting = (title, n, more = {}) => axis(title, { tick0: 0, dtick: Math.max(1, Math.ceil(n / 8)),
@@ -127,12 +131,15 @@ function said() {
 function fateLegend() {
   const present = new Set();
   for (const side of sides()) if (side && side.visual_kept) side.visual_kept.values.forEach((v) => present.add(v));
-  byId("fates").replaceChildren(...run.fates.filter((f) => present.has(f.code)).map((fate) => {
-    const item = element("li"), swatch = element("span", "swatch");
-    swatch.style.background = FATE_COLOURS[fate.code];
-    item.append(swatch, `${fate.name}: ${fate.about}`);
-    return item;
-  }));
+  byId("fates").replaceChildren(...run.fates.filter((f) => present.has(f.code))
+    .map((fate) => legendItem(FATE_COLOURS[fate.code], `${fate.name}: ${fate.about}`)));
+}
+
+function legendItem(colour, text) {
+  const item = element("li"), swatch = element("span", "swatch");
+  swatch.style.background = colour;
+  item.append(swatch, text);
+  return item;
 }
 
 function gridChoice() {
@@ -180,7 +187,7 @@ function picture(chart, below, side, grid) {
   const traces = [];
   if (paint === "both" && worth) {
     const most = largest(sides().filter((s) => s && s.importance[name]).map((s) => s.importance[name]), layer, 0.99);
-    traces.push({ ...place, z: of(worth), zmin: 0, zmax: most > 0 ? most : 1, colorscale: "Viridis", opacity: 0.72, hoverinfo: "skip",
+    traces.push({ ...place, z: of(worth), zmin: 0, zmax: most > 0 ? most : 1, colorscale: "Viridis", opacity: 0.65, hoverinfo: "skip",
       colorbar: bar("importance") });
   }
   const scale = [];
@@ -223,11 +230,12 @@ function answers() {
       let when = side.commit_step ? side.commit_step.values[p] : -1;
       if (when < 0 || when > step) for (when = step; when > 0 && at(when - 1, p) === id; when--);
       const isOpen = id === open;
-      const slot = element("span", "slot", word(id).replace(/\n/g, "↵") || "␣");
+      const special = /^\s*<\|(.*)\|>$/.exec(word(id));
+      const slot = element("span", "slot", special ? special[1] : word(id).replace(/\n/g, "↵") || "␣");
       const confidence = sure && !isOpen ? sure.values[when * positions + p] : NaN;
       slot.classList.toggle("open", isOpen);
       slot.classList.toggle("new", !isOpen && when === step);
-      slot.classList.toggle("special", /^<\|.*\|>$/.test(word(id)));
+      slot.classList.toggle("special", special !== null);
       slot.title = isOpen ? `slot ${p}: open` : `slot ${p}: token ${id}, written at step ${when}, confidence ${number(confidence)}`;
       if (!Number.isNaN(confidence)) {
         const fill = element("i");
@@ -314,6 +322,10 @@ function mass() {
   const like = option && /→/.test(option.name) ? option : all[0];
   const queries = like && like.name.split(" → ").slice(0, -1).join(" → ");
   const parts = like ? all.filter((m) => m.variable === like.variable && m.name.startsWith(`${queries} → `)) : [];
+  byId("mass-legend").replaceChildren(...parts.map((part) => {
+    const name = part.name.split(" → ").pop();
+    return legendItem(SEGMENT_COLOURS[name] || "#cc79a7", name);
+  }));
   byId("mass-about").textContent = like ? `How ${like.variable} of the ${queries} rows divides, layer by layer.` : "";
   sides().forEach((side, k) => {
     const chart = byId(`mass-${k}`), held = side && like && side.maps[like.variable];
@@ -325,9 +337,8 @@ function mass() {
       return { type: "bar", orientation: "h", x, y: x.map((_, l) => l), name: literal(name), marker: { color: SEGMENT_COLOURS[name] || "#cc79a7" },
         hovertemplate: `layer %{y}<br>${literal(name)} %{x:.4~g}<extra></extra>` };
     });
-    draw(chart, traces, { barmode: "stack", bargap: 0.2, height: Math.min(460, 130 + 26 * layers), margin: { l: 52, r: 12, t: 58, b: 42 },
-      legend: { orientation: "h", traceorder: "normal", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
-      xaxis: axis("share of the attention", { range: [0, 1.001], tickformat: ".0%" }),
+    draw(chart, traces, { barmode: "stack", bargap: 0.2, height: Math.min(460, 80 + 26 * layers), margin: { l: 52, r: 24, t: 8, b: 46 }, showlegend: false,
+      xaxis: axis("share of the attention", { range: [0, 1.001], dtick: 0.25, tickformat: ".0%" }),
       yaxis: counting("layer", layers, { range: [layers - 0.5, -0.5] }),
       shapes: [{ type: "rect", xref: "paper", x0: 0, x1: 1, y0: lastLayer(side) - 0.5, y1: lastLayer(side) + 0.5, line: { color: "#22222a", width: 1.5, dash: "dot" } }] },
     `share of attention by layer at step ${step}`);
@@ -359,7 +370,12 @@ function moved() {
   shown.layer = Number(byId("layer").value);
   byId("step-said").textContent = `${shown.step} of 0–${steps}`;
   byId("layer-said").textContent = `${shown.layer} of 0–${layers}`;
-  pictures(); answers(); curves(); maps(); mass(); tokens();
+  // a slider can move faster than charts are drawn: at most one drawing per frame
+  cancelAnimationFrame(shown.frame);
+  shown.frame = requestAnimationFrame(() => {
+    for (const panel of [pictures, answers, curves, maps, mass, tokens]) panel();
+    document.body.dataset.drawn = `${shown.index} ${shown.step} ${shown.layer}`;
+  });
 }
 
 async function choose(i) {
@@ -373,24 +389,32 @@ async function choose(i) {
   document.querySelectorAll("#samples tbody tr").forEach((line) => line.classList.toggle("chosen", Number(line.dataset.sample) === i));
   const ran = sample.sides.filter((s) => s && !s.failed && s.steps);
   byId("signals").hidden = !ran.length;
+  // the first look is at the end of an answer and halfway up; whoever is at the end stays there
+  const atEnd = !shown.looked || byId("step").value === byId("step").max;
   const before = { step: Number(byId("step").value), layer: Number(byId("layer").value) };
   byId("step").max = Math.max(0, ...ran.map((s) => s.steps - 1));
   byId("layer").max = Math.max(0, ...ran.map((s) => s.layers - 1));
   byId("step").disabled = byId("layer").disabled = !ran.length;
-  byId("step").value = Math.min(before.step, byId("step").max);
-  byId("layer").value = before.layer;
+  byId("step").value = atEnd ? byId("step").max : before.step;
+  byId("layer").value = shown.looked ? before.layer : Math.floor(byId("layer").max / 2);
+  if (ran.length) shown.looked = true;
   said();
   if (ran.length) { fateLegend(); gridChoice(); moved(); }
-  else byId("step-said").textContent = byId("layer-said").textContent = "–";
-  document.body.dataset.ready = String(i);
+  else {
+    byId("step-said").textContent = byId("layer-said").textContent = "–";
+    document.body.dataset.drawn = `${i} failed`;
+  }
 }
 
 function sort(heading) {
-  const line = heading.parentElement, column = [...line.children].indexOf(heading), body = byId("samples").tBodies[0];
+  const column = Number(heading.dataset.column), body = byId("samples").tBodies[0];
   const down = heading.getAttribute("aria-sort") === "ascending";
-  for (const other of line.children) other.removeAttribute("aria-sort");
+  document.querySelectorAll("#samples th").forEach((other) => other.removeAttribute("aria-sort"));
   heading.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const key = (tr) => { const { value } = tr.children[column].dataset; return value === undefined ? tr.children[column].textContent : value === "" ? null : Number(value); };
+  const key = ({ children: { [column]: cell } }) => {
+    if (cell.dataset.value === undefined) return cell.textContent;
+    return cell.dataset.value === "" ? null : Number(cell.dataset.value);
+  };
   const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
   const lines = [...body.rows].map((tr) => [key(tr), tr]);
   // lines without a value stay at the end, whichever way the others go
