@@ -184,7 +184,7 @@ def tradeoff(traces: Sequence[Trace], wanted: Wanted) -> Figure:
     costs: dict[str, tuple[str, Any]] = {
         "flops": ("compute per sample (recording off)", EngFormatter(unit="FLOP")),
         "seconds": ("time per sample (recording off)", EngFormatter(unit="s")),
-        "visual_tokens": ("visual tokens, mean over steps and layers", StrMethodFormatter("{x:.0f}")),
+        "visual_tokens": ("visual tokens (mean of steps, layers)", StrMethodFormatter("{x:.0f}")),
     }
     costs = {k: v for k, v in costs.items() if any(np.isfinite(getattr(r, k)) for r in rows)}
     families = list(dict.fromkeys(name for name, _ in labels))
@@ -211,7 +211,7 @@ def tradeoff(traces: Sequence[Trace], wanted: Wanted) -> Figure:
         axes.grid()
         axes.set_xlabel(words)
         axes.xaxis.set_major_formatter(ticks)
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=3, steps=[1, 2, 5, 10])  # ticks are as wide as "12.5 GFLOP"
         axes.margins(x=0.12)
         axes.tick_params(axis="y", labelleft=axes is panels[0])
     panels[0].set_ylabel("score (mean; 1 is best)")

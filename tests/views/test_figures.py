@@ -93,7 +93,7 @@ def arrays(rng: np.random.Generator, steps: int, positions: int, visual: int) ->
 def write(
     path: Path, lengths: list[tuple[int, int]], *, visual: int = 24, failed: int = 0, without: tuple[str, ...] = (),
     recipe: str = "demo", dial: str = "{keep: 0.5}", heads: bool = False, default: str = "confidence", seed: int = 0,
-    score: float | None = None, partial: bool = False,
+    score: float | None = None, partial: bool = False, flops: float | None = None,
 ) -> Path:  # fmt: skip
     """A trace of samples with these (steps, positions), numbered 1, 3, 5, ... in the run, then `failed` failed ones."""
     rng = np.random.default_rng(seed)
@@ -105,6 +105,8 @@ def write(
     writer = TraceWriter(path, header, declared)
     for i, (steps, positions) in enumerate(lengths):
         values = {k: v for k, v in arrays(rng, steps, positions, visual).items() if k not in without}
+        if flops is not None:
+            values["flops_unrecorded"] = np.float64(flops)
         if heads:
             values[BY_HEAD.name] = np.repeat(values["attention_mass"][:, :, None], HEADS, 2) * [[[1.0]], [[0.5]]]
         writer.write(
@@ -415,6 +417,12 @@ def test_tradeoff_points_and_front(runs: list[Path]) -> None:
     best = [i for i in range(4) if not any(flops[j] < flops[i] and scores[j] > scores[i] for j in range(4))]
     assert sorted(front.get_xdata()) == pytest.approx(sorted(flops[i] for i in best))
     assert (np.diff(front.get_xdata()) >= 0).all() and (np.diff(front.get_ydata()) >= 0).all()
+
+
+@pytest.mark.parametrize("most", [9.9e9, 1.82e10, 1.37e15])
+def test_ticks_of_costs_have_room(tmp_path: Path, most: float) -> None:
+    paths = [write(tmp_path / f"{i}.trace.h5", [(1, 1)], seed=i, visual=4, flops=most / (i + 1)) for i in range(2)]
+    check_layout(draw(paths))
 
 
 def test_many_runs_have_looks_of_their_own(tmp_path: Path) -> None:
