@@ -364,18 +364,24 @@ function tokens() {
 
 // ------------------------------------------------------------------ controls
 
+const PANELS = [["picture-0", pictures], ["answer-0", answers], ["curves", curves], ["map-0", maps], ["mass-0", mass], ["tokens-0", tokens]];
+
 function moved() {
   const steps = Number(byId("step").max), layers = Number(byId("layer").max);
   shown.step = Number(byId("step").value);
   shown.layer = Number(byId("layer").value);
   byId("step-said").textContent = `${shown.step} of 0–${steps}`;
   byId("layer-said").textContent = `${shown.layer} of 0–${layers}`;
-  // a slider can move faster than charts are drawn: at most one drawing per frame
+  // a slider moves faster than charts are drawn: one panel per frame, those in sight first, and a later move starts anew
+  const inSight = ([id]) => { const { top, bottom } = byId(id).getBoundingClientRect(); return bottom > 0 && top < innerHeight; };
+  const queue = [...PANELS.filter(inSight), ...PANELS.filter((panel) => !inSight(panel))];
+  const next = () => {
+    queue.shift()[1]();
+    if (queue.length) shown.frame = requestAnimationFrame(next);
+    else document.body.dataset.drawn = `${shown.index} ${shown.step} ${shown.layer}`;
+  };
   cancelAnimationFrame(shown.frame);
-  shown.frame = requestAnimationFrame(() => {
-    for (const panel of [pictures, answers, curves, maps, mass, tokens]) panel();
-    document.body.dataset.drawn = `${shown.index} ${shown.step} ${shown.layer}`;
-  });
+  shown.frame = requestAnimationFrame(next);
 }
 
 async function choose(i) {
@@ -401,6 +407,7 @@ async function choose(i) {
   said();
   if (ran.length) { fateLegend(); gridChoice(); moved(); }
   else {
+    cancelAnimationFrame(shown.frame);
     byId("step-said").textContent = byId("layer-said").textContent = "–";
     document.body.dataset.drawn = `${i} failed`;
   }
