@@ -565,6 +565,7 @@ def test_every_command_of_the_page_draws_what_it_names(tmp_path: Path, monkeypat
             limit = "4" if "quickstart" in words else "1"  # the page looks at sample 3 of that run
             words = [limit if before == "--limit" else word for before, word in zip(["", *words], words, strict=False)]
             words += [] if "--limit" in words else ["--limit", limit]
+            words += ["--set", "generate.gen_length=8", "--set", "generate.steps=4"]  # short answers will do
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as end:
             cli.main()
