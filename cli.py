@@ -65,6 +65,7 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Finish what an interrupted run left.")] = False,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only every N-th sample, from the I-th on.")] = None,
     baseline: Annotated[
         bool | None, typer.Option("--baseline/--no-baseline", help="Also run without the interventions.")
     ] = None,
@@ -96,6 +97,7 @@ def run(
             device=device,
             dtype=dtype,
             resume=resume,
+            shard=_shard(shard),
             baseline=baseline,
             timed=timed,
             code_probes=code,
@@ -191,8 +193,8 @@ def plot(
     figure: Annotated[str | None, typer.Option("--figure", "-f", help="See --list; default: the trace's own.")] = None,
     output: Annotated[Path | None, typer.Option("--out", "-o", help="FILE.png, .pdf or .svg.")] = None,
     sample: Annotated[int | None, typer.Option(help="Number of a sample, for figures of one sample.")] = None,
-    layer: Annotated[int | None, typer.Option(help="A layer, for figures of one layer.")] = None,
-    step: Annotated[int | None, typer.Option(help="A step, for figures of one step.")] = None,
+    layer: Annotated[int | None, typer.Option(help="A layer, instead of the mean over layers.")] = None,
+    step: Annotated[int | None, typer.Option(help="A step, instead of all of them.")] = None,
     list_them: Annotated[bool, typer.Option("--list", help="List the figures.")] = False,
 ) -> None:
     """Draw a figure of a trace."""
@@ -261,6 +263,17 @@ def report(
 
 
 @app.command()
+def merge(
+    traces: Annotated[list[Path], typer.Argument(help="Traces of the shards of one run, in any order.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
+) -> None:
+    """Join the traces of a run's shards, in the order of their samples."""
+    from probe.trace import merge as join
+
+    out.print(f"trace: {join(traces, output)}")
+
+
+@app.command()
 def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None:
     """Check a trace's checksums."""
     from probe.trace import verify as problems_of
@@ -271,6 +284,15 @@ def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None
     if problems:
         raise typer.Exit(1)
     out.print(f"{trace}: intact")
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ProbeError(f"--shard {text}: write I/N with I from 0 to N-1, for example 0/4")
+    return int(index), int(count)
 
 
 def _load(

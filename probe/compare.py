@@ -291,7 +291,7 @@ class _Held:
             first.append(None if place is None else int(_nominal(trace, row)[place]))
         return cls(
             label, trace, rows, [str(p) for p in trace.array("prediction")[rows]], score, flops, seconds,
-            np.array(retention), np.array(end), first, _recipe(trace),
+            np.array(retention), np.array(end), first, recipe_of(trace),
         )  # fmt: skip
 
     def side(self, i: int) -> Side | None:
@@ -337,7 +337,7 @@ def _share_alive(kept: np.ndarray | None, counts: np.ndarray | None, n_visual: i
     return np.zeros((0, 0))
 
 
-def _recipe(trace: Trace) -> Mapping[str, Any]:
+def recipe_of(trace: Trace) -> Mapping[str, Any]:
     """The recipe in the header as plain data; empty if it cannot be read."""
     try:
         data = read_yaml(trace.header.recipe_yaml, trace.path.name).data
@@ -346,13 +346,14 @@ def _recipe(trace: Trace) -> Mapping[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _dials(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def dials_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The dials of a recipe as plain data."""
     dials = recipe.get("dial")
     return dict(dials) if isinstance(dials, dict) else {}
 
 
 def _start(recipe: Mapping[str, Any]) -> float | None:
-    value = _dials(recipe).get("start")
+    value = dials_of(recipe).get("start")
     try:
         share = as_share(value)
     except Wrong:
@@ -401,7 +402,7 @@ def _run(base: _Held, own: _Held, divergence: Divergence | None) -> Run:
         label=own.label,
         path=str(own.trace.path),
         recipe=own.trace.header.recipe_name,
-        dials=_dials(own.recipe),
+        dials=dials_of(own.recipe),
         backbone=own.trace.header.backbone,
         score=intervals.mean(own.score, within=(0, 1)),
         score_difference=intervals.mean(own.score - base.score, within=(-1, 1)) if other else Estimate(),
@@ -540,5 +541,5 @@ def _pruner(held: _Held) -> str:
     """What two runs share that differ in their start only: all of the recipe but its start, data and bookkeeping."""
     aside = {"data", "trace", "run", "about", "backbone"}
     recipe = {k: v for k, v in held.recipe.items() if k not in aside}
-    recipe["dial"] = {k: v for k, v in _dials(held.recipe).items() if k != "start"}
+    recipe["dial"] = {k: v for k, v in dials_of(held.recipe).items() if k != "start"}
     return json.dumps([held.trace.header.backbone, recipe], sort_keys=True, default=str)

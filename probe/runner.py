@@ -148,6 +148,7 @@ def run(
     device: str = "auto",
     dtype: str = "auto",
     resume: bool = False,
+    shard: tuple[int, int] | None = None,
     baseline: bool | None = None,
     timed: bool | None = None,
     code_probes: Sequence[CodeProbe] = (),
@@ -156,7 +157,8 @@ def run(
 ) -> RunResult:
     """Run `recipe` on its data, or on `samples`, and leave `OUT/NAME.trace.h5` (and the baseline's) behind.
 
-    `out` is a folder (default `runs/NAME`); `seed` overrides the recipe's; `resume` finishes what an earlier run left.
+    `out` is a folder (default `runs/NAME`); `seed` overrides the recipe's; `resume` finishes what an earlier run left;
+    `shard` (i, n) takes every n-th sample from the i-th on, and puts that into the file names (`probe.trace.merge`).
     A sample that fails is recorded with its reason, and the run goes on. Raises `ProbeError` for anything that
     concerns the run as a whole, before a file is made.
     """
@@ -193,6 +195,8 @@ def run(
         )
 
     stem = recipe.name.replace("/", "-")
+    if shard is not None:
+        stem += f".shard{shard[0]}of{shard[1]}"
     sides = [side(recipe.name, recipe, folder / f"{stem}.trace.h5")]
     if with_baseline:
         sides.insert(0, side("baseline", recipe.without_interventions(), folder / f"{stem}.baseline.trace.h5"))
@@ -217,6 +221,8 @@ def run(
             for s in sides
         ]
         for number, item in enumerate(source):
+            if shard is not None and number % shard[1] != shard[0]:
+                continue
             count += 1
             if all(number in w.done for w in writers):
                 continue

@@ -173,6 +173,14 @@ class Trace:
         }
         return xarray.Dataset(held, attrs=self.attrs)
 
+    def plot(
+        self, figure: str | None = None, *, sample: int | None = None, layer: int | None = None, step: int | None = None
+    ) -> Any:
+        """A figure as matplotlib's own object, which a notebook shows; `probe plot --list` names the figures."""
+        from probe.views.figures import draw  # views stand above the trace: only who asks for a picture pays for them
+
+        return draw([self.path], figure, sample=sample, layer=layer, step=step)
+
     def close(self) -> None:
         """Close the file."""
         self._closed = True

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
+from probe.compare import dials_of, recipe_of
 from probe.errors import ProbeError
 from probe.summary import Row, summarise
 from probe.trace_reader import Trace
@@ -136,7 +136,7 @@ def _recording(trace: Trace, rows: Sequence[int]) -> str:
 def labels_of(traces: Sequence[Trace]) -> list[tuple[str, str]]:
     """Recipe and, where runs of one recipe differ in dials, those dials. Never twice the same."""
     names = [t.header.recipe_name or t.path.name for t in traces]
-    dials = [_dials(t) for t in traces]
+    dials = [dials_of(recipe_of(t)) for t in traces]
     out: list[tuple[str, str]] = []
     for i, name in enumerate(names):
         same = [dials[j] for j in range(len(traces)) if names[j] == name]
@@ -148,15 +148,6 @@ def labels_of(traces: Sequence[Trace]) -> list[tuple[str, str]]:
             words = f"{words} #{i + 1}"
         out.append((name, words))
     return out
-
-
-def _dials(trace: Trace) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(trace.header.recipe_yaml)
-    except yaml.YAMLError:
-        return {}
-    dials = recipe.get("dial") if isinstance(recipe, dict) else None
-    return dials if isinstance(dials, dict) else {}
 
 
 def pareto(cost_: Sequence[float], score: Sequence[float]) -> list[int]:

@@ -105,6 +105,19 @@ def test_resuming_ends_where_an_uninterrupted_run_ends(tmp_path: Path, monkeypat
             np.testing.assert_array_equal(a.array(name), b.array(name), err_msg=name)
 
 
+def test_shards_joined_are_the_whole(tmp_path: Path) -> None:
+    words = ("run", "prune/fastv", "--data", "world/mixed", "--limit", "5", "--no-time", "--out", tmp_path)
+    for i in (1, 0):
+        invoke(*words, "--shard", f"{i}/2")
+    invoke(*words)
+    shards = [tmp_path / f"fastv.shard{i}of2.trace.h5" for i in range(2)]
+    invoke("merge", *shards, "-o", tmp_path / "joined.trace.h5")
+    with open_trace(tmp_path / "joined.trace.h5") as joined, open_trace(tmp_path / "fastv.trace.h5") as whole:
+        assert joined.array("sample").tolist() == [0, 1, 2, 3, 4]
+        for name in ("prediction", "score", "token", "confidence", "visual_kept", "flops_total"):
+            np.testing.assert_array_equal(joined.array(name), whole.array(name), err_msg=name)
+
+
 def test_a_picture_and_a_question_of_ones_own(tmp_path: Path) -> None:
     Image.effect_noise((320, 200), 80).save(tmp_path / "cat.png")
     said = invoke(
@@ -149,6 +162,7 @@ WRONG = {
     "a task nobody knows": (["run", "quickstart", "--data", "world/color"], "world/colour"),
     "a plugin that is not there": (["run", "quickstart", "--plugin", "nowhere.py"], "nowhere.py"),
     "a trace that is not there": (["show", "nowhere.h5"], "nowhere.h5"),
+    "a shard beyond the last": (["run", "quickstart", "--shard", "2/2"], "0 to N-1"),
     "a device that is not there": (["run", "quickstart", "--device", "gpu"], "cuda"),
     "steps that do not divide": (
         ["run", "quickstart", "--set", "generate.gen_length=8", "--set", "generate.block_length=3"],

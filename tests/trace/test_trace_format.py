@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,10 +274,25 @@ def test_the_same_values_give_the_same_bytes(run: Callable[..., Path], tmp_path:
 
 
 def test_netcdf4_reads_it(trace_path: Path) -> None:
-    netcdf = pytest.importorskip("netCDF4")
+    import netCDF4 as netcdf
+
     with netcdf.Dataset(trace_path) as data:
         assert data["attention_mass"].dimensions == ("sample", "step", "layer", "segment", "segment_key")
         assert data["prediction"][1] == "answer 1\nline two"
         assert data["token"][0, 0, 6] == -1, "padding of ids is not masked"
         assert data["phase"][:].tolist()[:2] == ["prefill", "denoise"]
         assert data.groups["pictures"]["length"][0] == 508
+
+
+def test_xarray_opens_it_with_the_netcdf4_engine(trace_path: Path) -> None:
+    import xarray
+
+    with xarray.open_dataset(trace_path, engine="netcdf4") as data, open_trace(trace_path) as trace:
+        np.testing.assert_array_equal(data["attention_mass"].values, trace.array("attention_mass"))
+        assert data["token"].dtype.kind == "i"
+
+
+def test_h5glance_lists_it(trace_path: Path) -> None:
+    command = [sys.executable, "-m", "h5glance", str(trace_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "attention_mass" in done.stdout
