@@ -83,7 +83,7 @@ def test_the_quickstart_prunes_from_half_of_the_steps_on_and_records() -> None:
     table = compile_recipe(recipe, MODELS[0])
     assert [p.name for p in table.at(clock(11)) if p.edit] == []
     assert [p.name for p in table.at(clock(12)) if p.edit] == ["prune"]
-    assert set(table.variables) == {"attention_mass", "visual_importance", "entropy", "margin"}
+    assert set(table.variables) == {"attention_mass", "visual_importance", "entropy", "margin", "logit_kl"}
 
 
 SNIPPETS = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), flags=re.DOTALL) if DOCS.exists() else []
