@@ -586,3 +586,13 @@ def test_every_figure_has_a_picture_on_the_page() -> None:
         assert f"## {name}: " in PAGE.read_text()
         with Image.open(PAGE.parent / "figures" / f"{name}.png") as image:
             assert image.width == 1000
+
+
+def test_an_open_trace_draws_itself(mixed: Path) -> None:
+    from matplotlib.figure import Figure
+
+    with open_trace(mixed) as trace:
+        figure = trace.plot("retention")
+        assert isinstance(figure, Figure)
+        with pytest.raises(ProbeError, match="retention"):
+            trace.plot("retentoin")
