@@ -240,14 +240,16 @@ def replay(
 ) -> None:
     """Step through one sample's denoising: keys right and left, space plays, q ends."""
     from probe.trace import open_trace
-    from probe.views import replay as view
+    from probe.views.replay import play
+    from probe.views.replay_frames import row_of
+    from probe.views.replay_gif import save_gif
 
     with open_trace(trace) as opened:
-        row = view.row_of(opened, sample)
+        row = row_of(opened, sample)
         if gif is not None:
-            out.print(f"animation: {view.save_gif(opened, row, gif)}")
+            out.print(f"animation: {save_gif(opened, row, gif)}")
         else:
-            view.play(opened, row, out)
+            play(opened, row, out)
 
 
 @app.command()

@@ -1,7 +1,7 @@
-"""One sample's denoising, step by step: in the terminal, forwards and backwards, or as an animated picture.
+"""One sample's denoising, step by step, in the terminal: forwards and backwards, by keys.
 
-`frames` reads everything that is shown; `render_frame` draws one step for a terminal, `save_gif` all of them. Nothing
-is said by colour alone: open slots are blocks, new tokens stand in brackets, confidence is the height of a bar.
+`render_frame` draws one step. Nothing is said by colour alone: open slots are blocks, new tokens stand in brackets,
+confidence is the height of a bar.
 """
 
 from __future__ import annotations
@@ -10,257 +10,34 @@ import io
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from probe.compare_steps import filled_slots
-from probe.errors import ProbeError
-from probe.site import Fate, Role
+from probe.site import Fate
 from probe.trace import Trace
-from probe.views.picture import DIM, FRAME, INK, PANEL, PAPER, RIGHT, WRONG, _font, _wrapped, kept_panel
+from probe.views.replay_frames import (
+    LEVELS,
+    MARKS,
+    OPEN,
+    SPECIAL,
+    Frame,
+    SlotState,
+    broken_lines,
+    frames,
+    grid_of,
+    label_of,
+    level_of,
+)
 
-LEVELS = "▁▂▃▄▅▆▇█"
-OPEN = "░"
-SPECIAL = "·"
-_LONGEST = 12  # characters of a token; longer ones are cut
 _MAP = 16  # most rows of the map of visual tokens
 _SECONDS = 0.6  # between two steps while playing
 _GLYPHS = {Fate.KEPT: "█", Fate.DROPPED: "·", Fate.MERGED: "+", Fate.WITHDRAWN: "-", Fate.MASKED: "x"}
-
-
-class SlotState(StrEnum):
-    """What a slot of the answer is at one step."""
-
-    OPEN = "open"
-    NEW = "new"
-    CHANGED = "changed"
-    FILLED = "filled"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One slot of the answer after a step. `text` is the token as it is read, with its leading blank if it begins a
-    word; `special` marks tokens that are no text, such as the end of the answer. `confidence` is, of an open slot,
-    that of its best token at this step; of a filled one that of the step that filled it; NaN if unknown."""
-
-    state: SlotState
-    token: int
-    text: str
-    confidence: float
-    special: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """One step of a sample, with what all steps share.
-
-    `widths` are the columns that each slot needs over all steps, `gaps` says before which of them a word begins, and
-    `nominal_step` where the step stands in the schedule. `visual_alive (layer,)` counts visual tokens in each layer's
-    attention; `fates` says what became of each visual token at the last layer, `(visual,)`, and `box (visual, 4)`
-    where it lies in its picture (NaN: nowhere). Arrays are empty where the trace does not hold them.
-    """
-
-    step: int
-    n_steps: int
-    nominal_step: int
-    block: int
-    slots: tuple[Slot, ...]
-    widths: tuple[int, ...]
-    gaps: tuple[bool, ...]
-    visual_alive: tuple[int, ...]
-    n_visual: int
-    fates: np.ndarray
-    box: np.ndarray
-    title: str
-    question: str
-    references: tuple[str, ...]
-    prediction: str
-    score: float
-    picture: bytes | None
-
-    @property
-    def n_open(self) -> int:
-        """How many slots are still masked."""
-        return sum(s.state is SlotState.OPEN for s in self.slots)
-
-    @property
-    def n_new(self) -> int:
-        """How many slots this step wrote."""
-        return sum(s.state in (SlotState.NEW, SlotState.CHANGED) for s in self.slots)
-
-    @property
-    def answer(self) -> str:
-        """The answer so far, up to its end if that is known; open slots as blocks."""
-        end = next((p for p, s in enumerate(self.slots) if s.special and s.state is not SlotState.OPEN), None)
-        text = "".join(
-            (" " if gap else "") + OPEN if s.state is SlotState.OPEN else s.text
-            for s, gap in zip(self.slots[:end], self.gaps, strict=False)
-        )
-        return " ".join(text.split())
-
-    @property
-    def said(self) -> str:
-        """What this step did, in words."""
-        last = self.step == self.n_steps - 1
-        left = "left masked" if last else "still masked"
-        return (
-            f"step {self.step + 1} of {self.n_steps}: {self.n_new} written, {self.n_open} of {len(self.slots)} {left}"
-        )
-
-    def fate_counts(self) -> dict[str, int]:
-        """How many visual tokens have each fate at the last layer; fates that none has are left out."""
-        counts = Counter(self.fates[self.fates != 0].tolist())
-        return {f.name.lower(): counts[int(f)] for f in Fate if counts[int(f)]}
-
-
-# -------------------------------------------------------------------- what is shown
-
-
-def row_of(trace: Trace, sample: int) -> int:
-    """The row of a sample, by its number in the data of the run (a shard's rows count otherwise)."""
-    numbers = trace.samples.tolist()
-    if sample in numbers:
-        return int(numbers.index(sample))
-    held = f"it has sample {', '.join(map(str, numbers[:8]))}{', ...' if len(numbers) > 8 else ''}"
-    raise ProbeError(f"{trace.path.name} has no sample {sample}; {held if numbers else 'it has none'}")
-
-
-def frames(trace: Trace, row: int) -> list[Frame]:
-    """All steps of one row of a trace. Raises `ProbeError` if the sample failed or its tokens were not recorded."""
-    if not 0 <= row < trace.n_samples:
-        raise ProbeError(f"{trace.path.name} has no row {row}: it holds {trace.n_samples} samples, counted from 0")
-    record = trace.record(row)
-    here = f"{trace.path.name}: sample {record.sample}"
-    if record.failed:
-        raise ProbeError(f"{here} failed and has no steps to replay: {record.failed}")
-    lacking = [n for n in ("token", "commit_step") if n not in record.arrays]
-    if lacking:
-        raise ProbeError(f"{here} did not record `{lacking[0]}`, which a replay shows; choose a sample that did")
-    token, commit = (np.asarray(record.arrays[n]) for n in ("token", "commit_step"))
-    if not token.size:
-        raise ProbeError(f"{here} has no denoising step to replay")
-    steps, n_slots = token.shape
-    filled = filled_slots(token, commit)
-    confidence = record.arrays.get("confidence", np.full(token.shape, np.nan))
-    words = _words(trace, np.unique(token).tolist())
-    slots = [_slots(t, token, filled, confidence, words) for t in range(steps)]
-    # where a word begins is taken from the last step, so that nothing moves from step to step
-    gaps = tuple(p > 0 and slots[-1][p].text.startswith(" ") for p in range(n_slots))
-    widths = tuple(max(len(_label(step[p])) for step in slots) + 2 + gaps[p] for p in range(n_slots))
-    fates, alive = (record.arrays.get(n) for n in ("visual_kept", "visual_tokens"))
-    nominal = record.arrays.get("nominal_step", np.arange(steps))
-    block = record.arrays.get("block", np.zeros(steps, int))
-    box = record.arrays.get("visual_box", np.zeros((0, 4))).copy()
-    if "visual_role" in record.arrays and len(box):
-        box[record.arrays["visual_role"] == int(Role.NEWLINE)] = np.nan
-    head = trace.header
-    title = f"{trace.path.name} · sample {record.sample}"
-    title += "".join(f" · {part}" for part in (head.recipe_name, Path(head.backbone).name, record.task) if part)
-    return [
-        Frame(
-            step=t,
-            n_steps=steps,
-            nominal_step=int(nominal[t]),
-            block=int(block[t]),
-            slots=slots[t],
-            widths=widths,
-            gaps=gaps,
-            visual_alive=() if alive is None else tuple(int(n) for n in alive[t]),
-            n_visual=trace.extents(row).get("visual", 0),
-            fates=np.zeros(0, int) if fates is None or not fates.size else fates[t, -1],
-            box=box,
-            title=title + (" · partial file" if trace.partial else ""),
-            question=record.question,
-            references=record.references,
-            prediction=record.prediction,
-            score=record.score,
-            picture=record.picture,
-        )
-        for t in range(steps)
-    ]
-
-
-def _slots(
-    t: int, token: np.ndarray, filled: np.ndarray, confidence: np.ndarray, words: Callable[[int], tuple[str, bool]]
-) -> tuple[Slot, ...]:
-    out = []
-    for p, value in enumerate(token[t].tolist()):
-        if not filled[t, p]:
-            out.append(Slot(SlotState.OPEN, value, "", float(confidence[t, p])))
-            continue
-        same = (token[:t, p] == value) & filled[:t, p]
-        since = t if not t or not same[-1] else t - int((~same[::-1]).argmax() if not same.all() else t)
-        was = t > 0 and bool(filled[t - 1, p])
-        state = SlotState.FILLED if since < t else SlotState.CHANGED if was else SlotState.NEW
-        text, special = words(value)
-        out.append(Slot(state, value, text, float(confidence[since, p]), special))
-    return tuple(out)
-
-
-def _words(trace: Trace, ids: Sequence[int]) -> Callable[[int], tuple[str, bool]]:
-    """The text of each id, and whether it is a special token; numbers, if the tokenizer is not at hand."""
-    tokenizer = _tokenizer(trace.header.backbone)
-    known: dict[int, tuple[str, bool]] = {}
-    for i in ids:
-        known[i] = (f" {i}", False) if tokenizer is None or i < 0 else _word(tokenizer, i)
-    return known.__getitem__
-
-
-def _word(tokenizer: Any, i: int) -> tuple[str, bool]:
-    added = tokenizer.get_added_tokens_decoder().get(i)
-    if added is not None and added.special:
-        return added.content, True
-    # what the token adds to itself: so a word's beginning has its blank, whatever way the tokenizer marks it
-    once, twice = (tokenizer.decode([i] * n, skip_special_tokens=False) for n in (1, 2))
-    text = twice[len(once) :] if twice.startswith(once) else once
-    return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in text), False
-
-
-def _tokenizer(backbone: str) -> Any:
-    """The tokenizer of a backbone whose files are on this machine, or None. Loads no weights, fetches nothing."""
-    from huggingface_hub import try_to_load_from_cache
-    from tokenizers import Tokenizer
-
-    from probe.backbones.checkpoint import EMBEDDED
-
-    file = EMBEDDED.get(backbone, Path(backbone).expanduser()) / "tokenizer.json"
-    if not file.is_file():
-        try:
-            cached = try_to_load_from_cache(backbone, "tokenizer.json")
-        except ValueError:  # no name of a repository
-            cached = None
-        if not isinstance(cached, str):
-            return None
-        file = Path(cached)
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception:  # tokenizers raises plain Exception for a malformed file; ids can still be shown
-        return None
-
-
-def _label(slot: Slot) -> str:
-    """What stands in a slot's cell."""
-    if slot.state is SlotState.OPEN:
-        return OPEN
-    text = SPECIAL if slot.special else slot.text.strip() or "␣"
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
-
-
-def _level(confidence: float) -> str:
-    if math.isnan(confidence):
-        return " "
-    return LEVELS[min(len(LEVELS) - 1, max(0, int(confidence * len(LEVELS))))]
 
 
 # -------------------------------------------------------------------- in the terminal
@@ -319,36 +96,24 @@ _STYLES = {
     SlotState.CHANGED: "bold black on #56b4e9",
     SlotState.FILLED: "",
 }
-_MARKS = {SlotState.NEW: "[]", SlotState.CHANGED: "<>"}
 
 
 def _cells(frame: Frame, width: int, *, bars: bool) -> list[Text]:
     """The slots, as many to a line as fit; below each its confidence."""
     out = []
-    for places in _broken(frame.widths, width):
+    for places in broken_lines(frame.widths, width):
         words, levels = Text(), Text(style="dim")
         for p in places:
             slot, size = frame.slots[p], frame.widths[p]
             gap = " " * frame.gaps[p]
-            marks = _MARKS.get(slot.state, "  ")
-            words.append(gap).append(f"{marks[0]}{_label(slot)}{marks[1]}".center(size - len(gap)), _STYLES[slot.state])
-            bright = "bold" if slot.state in _MARKS else ""
-            levels.append(gap).append(_level(slot.confidence).center(size - len(gap)), bright)
+            marks = MARKS.get(slot.state, "  ")
+            words.append(gap).append(
+                f"{marks[0]}{label_of(slot)}{marks[1]}".center(size - len(gap)), _STYLES[slot.state]
+            )
+            bright = "bold" if slot.state in MARKS else ""
+            levels.append(gap).append(level_of(slot.confidence).center(size - len(gap)), bright)
         out += [words, levels] if bars else [words]
     return out
-
-
-def _broken(widths: Sequence[int], width: int) -> list[list[int]]:
-    """Places of the slots on each line."""
-    lines: list[list[int]] = [[]]
-    used = 0
-    for p, size in enumerate(widths):
-        if lines[-1] and used + size > width:
-            lines.append([])
-            used = 0
-        lines[-1].append(p)
-        used += size
-    return lines
 
 
 def _around_new(frame: Frame, lines: list[Text], width: int, room: int) -> list[Text]:
@@ -356,8 +121,8 @@ def _around_new(frame: Frame, lines: list[Text], width: int, room: int) -> list[
     if len(lines) <= room:
         return lines
     room = max(1, room - 1)  # a line says what part this is
-    new = next((p for p, s in enumerate(frame.slots) if s.state in _MARKS), 0)
-    at = next((i for i, places in enumerate(_broken(frame.widths, width)) if new in places), 0)
+    new = next((p for p, s in enumerate(frame.slots) if s.state in MARKS), 0)
+    at = next((i for i, places in enumerate(broken_lines(frame.widths, width)) if new in places), 0)
     start = max(0, min(at - room // 2, len(lines) - room))
     part = f"(lines {start + 1} to {start + room} of {len(lines)})"
     return [*lines[start : start + room], Text(part, style="dim")]
@@ -380,7 +145,7 @@ def _visual(frame: Frame, width: int) -> list[Text]:
     if frame.visual_alive:
         bars = Text.assemble(("visual     ", "dim"))
         for n in frame.visual_alive:
-            bars.append(_level(n / frame.n_visual - 1e-9) if n > 0 else "_", "green")
+            bars.append(level_of(n / frame.n_visual - 1e-9) if n > 0 else "_", "green")
         low, high = min(frame.visual_alive), max(frame.visual_alive)
         share = f"{low}" if low == high else f"{low} to {high}"
         last = len(frame.visual_alive) - 1
@@ -394,7 +159,7 @@ def _visual(frame: Frame, width: int) -> list[Text]:
 
 def _map(frame: Frame, width: int) -> list[Text]:
     """The finest view's tokens where they lie in the picture, with a glyph for each fate."""
-    grid = _grid(frame)
+    grid = grid_of(frame)
     if grid is None or grid.shape[0] > _MAP or 2 * grid.shape[1] + 11 > width:
         return []
     lines = []
@@ -407,26 +172,6 @@ def _map(frame: Frame, width: int) -> list[Text]:
     seen = [f for f in Fate if (grid == int(f)).any()]
     told = "   ".join(f"{_GLYPHS[f] * 2} {f.name.lower()} ({(grid == int(f)).sum()} of the finest view)" for f in seen)
     return [*lines, Text(" " * 11 + told, style="dim")]
-
-
-def _grid(frame: Frame) -> np.ndarray | None:
-    """`(row, column)` fates of the finest view's tokens; 0 where none lies; None if they lie in no grid."""
-    if not len(frame.box) or len(frame.box) != len(frame.fates):
-        return None
-    seen = ~np.isnan(frame.box).any(1)
-    if not seen.any():
-        return None
-    size = frame.box[:, 2:] - frame.box[:, :2]
-    area = size.prod(1)
-    fine = seen & (area <= area[seen].min() * 1.5)
-    step = np.median(size[fine], axis=0)
-    centre = (frame.box[fine, :2] + frame.box[fine, 2:]) / 2
-    places = np.floor(centre / step).astype(int)
-    if (places < 0).any() or (places > 256).any():
-        return None
-    grid = np.zeros((int(places[:, 1].max()) + 1, int(places[:, 0].max()) + 1), int)
-    grid[places[:, 1], places[:, 0]] = frame.fates[fine]
-    return grid
 
 
 def _result(frame: Frame) -> list[Text]:
@@ -561,133 +306,3 @@ def play(trace: Trace, row: int, console: Console) -> None:
             else:
                 player.press(key)
             live.update(screen(), refresh=True)
-
-
-# -------------------------------------------------------------------- as a picture
-
-_WIDE, _MARGIN = 900, 16
-_NEW, _CHANGED, _EMPTY = (230, 159, 0), (86, 180, 233), (226, 226, 230)
-
-
-def save_gif(trace: Trace, row: int, path: Path) -> Path:
-    """All steps as an animated GIF: the picture with the visual tokens that are left, and the answer filling in."""
-    shown = frames(trace, row)
-    drawn = [draw_frame(f) for f in shown]
-    height = max(d.height for d in drawn)
-    sheets = []
-    for image in drawn:
-        sheet = Image.new("RGB", (_WIDE, height), PAPER)
-        sheet.paste(image, (0, 0))
-        sheets.append(sheet.quantize(192, dither=Image.Dither.NONE))
-    pace = [1000 if len(shown) < 6 else 450] * len(shown)
-    pace[-1] = 3000
-    try:
-        sheets[0].save(path, "GIF", save_all=True, append_images=sheets[1:], duration=pace, loop=0, disposal=1)
-    except (OSError, ValueError) as error:
-        raise ProbeError(f"cannot write {path}: {error}; name a .gif in a folder that is there") from error
-    return path
-
-
-def draw_frame(frame: Frame) -> Image.Image:
-    """One step as a picture, `_WIDE` pixels wide and as high as it needs."""
-    left = _MARGIN + (PANEL + 2 * _MARGIN if frame.picture else 0)
-    room = _WIDE - left - _MARGIN
-    sheet = Image.new("RGB", (_WIDE, 4000), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((_MARGIN, 10), frame.title, font=_font(14), fill=DIM)
-    y = _draw_picture(sheet, frame) if frame.picture else 0
-    x, top = left, 40
-    total = len(frame.slots)
-    pen.text((x, top), frame.said, font=_font(16), fill=INK)
-    done = round(room * (total - frame.n_open) / total)
-    pen.rectangle((x, top + 24, x + room, top + 34), fill=_EMPTY)
-    if done:
-        pen.rectangle((x, top + 24, x + done, top + 34), fill=FRAME)
-    bottom = _draw_text(pen, x, top + 48, room, "asked", frame.question, INK)
-    bottom = _draw_cells(pen, x, bottom + 6, room, frame)
-    if frame.step < frame.n_steps - 1:
-        answer = frame.answer.replace(OPEN, "_") or "(nothing)"
-        bottom = _draw_text(pen, x, bottom + 8, room, "so far", answer, INK)
-    else:
-        colour = INK if math.isnan(frame.score) else RIGHT if frame.score >= 0.995 else WRONG
-        score = "" if math.isnan(frame.score) else f"  (score {frame.score:.2f})"
-        bottom = _draw_text(pen, x, bottom + 8, room, "answer", f"{frame.prediction or '(nothing)'}{score}", colour)
-        if frame.references:
-            bottom = _draw_text(pen, x, bottom, room, "right", frame.references[0], DIM)
-    return sheet.crop((0, 0, _WIDE, max(y, bottom) + _MARGIN))
-
-
-def _draw_picture(sheet: Image.Image, frame: Frame) -> int:
-    """The picture with what is left of its visual tokens, and how many each layer attends to. Returns its bottom."""
-    assert frame.picture is not None
-    picture = Image.open(io.BytesIO(frame.picture))
-    kept = frame.fates == int(Fate.KEPT)
-    box = frame.box if len(frame.box) == len(kept) else frame.box[:0]
-    panel = kept_panel(picture, box, kept[: len(box)])
-    shown = round(PANEL * picture.height / max(picture.size))
-    sheet.paste(panel.crop((0, 0, PANEL, shown)), (_MARGIN, 40))
-    pen = ImageDraw.Draw(sheet)
-    y = 40 + shown + 8
-    fates = frame.fate_counts()
-    told = ", ".join(f"{n} {name}" for name, n in fates.items()) or "visual tokens: not recorded"
-    pen.text((_MARGIN, y), f"visual tokens: {told}" if fates else told, font=_font(13), fill=INK)
-    y += 20
-    if fates.keys() - {"kept"}:
-        pen.text((_MARGIN, y), "greyed: gone; green frames: coarse view's tokens", font=_font(12), fill=DIM)
-        y += 18
-    if frame.visual_alive and frame.n_visual:
-        pen.text((_MARGIN, y), "attended to, by layer:", font=_font(12), fill=DIM)
-        y += 18
-        step = PANEL / len(frame.visual_alive)
-        for i, n in enumerate(frame.visual_alive):
-            x0, x1 = _MARGIN + round(i * step), _MARGIN + round((i + 1) * step) - 2
-            pen.rectangle((x0, y, max(x0, x1), y + 40), fill=_EMPTY)
-            tall = round(40 * n / frame.n_visual)
-            if tall:
-                pen.rectangle((x0, y + 40 - tall, max(x0, x1), y + 40), fill=FRAME)
-            if step >= 30:
-                pen.text((x0 + 4, y + 42), str(n), font=_font(12), fill=DIM)
-        y += 60
-    return y
-
-
-def _draw_text(
-    pen: ImageDraw.ImageDraw, x: int, y: int, room: int, name: str, text: str, colour: tuple[int, int, int]
-) -> int:
-    font = _font(15)
-    pen.text((x, y), name, font=font, fill=DIM)
-    for line in _wrapped(pen, text, font, room - 70)[:6]:
-        pen.text((x + 70, y), line, font=font, fill=colour)
-        y += 21
-    return y + 4
-
-
-def _draw_cells(pen: ImageDraw.ImageDraw, x: int, y: int, room: int, frame: Frame) -> int:
-    """The slots as cells with a bar of confidence each. Returns their bottom."""
-    font = _font(16)
-    sizes = [max(22, 8 * (w - 2 - gap) + 14) + 8 * gap for w, gap in zip(frame.widths, frame.gaps, strict=True)]
-    for places in _broken(sizes, room):
-        left = x
-        for p in places:
-            gap = 8 * frame.gaps[p]
-            slot, size, left = frame.slots[p], sizes[p] - gap, left + gap
-            ground = {SlotState.NEW: _NEW, SlotState.CHANGED: _CHANGED, SlotState.OPEN: _EMPTY}.get(slot.state, PAPER)
-            edge = INK if slot.state in _MARKS else _EMPTY
-            pen.rectangle((left, y, left + size - 3, y + 26), fill=ground, outline=edge, width=2 if edge == INK else 1)
-            if slot.state is not SlotState.OPEN:
-                text = _label(slot)
-                pen.text((left + (size - 3 - pen.textlength(text, font=font)) / 2, y + 3), text, font=font, fill=INK)
-            if not math.isnan(slot.confidence):
-                long = round((size - 4) * min(1.0, max(0.0, slot.confidence)))
-                pen.rectangle((left, y + 29, left + size - 4, y + 32), fill=_EMPTY)
-                pen.rectangle((left, y + 29, left + long, y + 32), fill=DIM)
-            left += size
-        y += 40
-    legend = "grey cell: masked; framed orange cell: written now; bar below: confidence"
-    if any(s.special and s.state is not SlotState.OPEN for s in frame.slots):
-        legend += f"; {SPECIAL} end of answer"
-    pen.text((x, y), legend, font=_font(12), fill=DIM)
-    return y + 20
-
-
-__all__ = ["Frame", "Player", "Slot", "SlotState", "frames", "play", "render_frame", "row_of", "save_gif"]

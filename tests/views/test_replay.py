@@ -25,18 +25,9 @@ from comparison_traces import MASK, One, write
 
 from probe.errors import ProbeError
 from probe.trace import SampleRecord, Trace, TraceHeader, TraceWriter, Variable, open_trace
-from probe.views.replay import (
-    Frame,
-    Player,
-    SlotState,
-    draw_frame,
-    frames,
-    key_of,
-    play,
-    render_frame,
-    row_of,
-    save_gif,
-)
+from probe.views.replay import Player, key_of, play, render_frame
+from probe.views.replay_frames import Frame, SlotState, frames, row_of
+from probe.views.replay_gif import draw_frame, save_gif
 
 M, NAN = MASK, math.nan
 OPEN, NEW, CHANGED, FILLED = SlotState.OPEN, SlotState.NEW, SlotState.CHANGED, SlotState.FILLED
