@@ -28,37 +28,91 @@ _FATES = {fate.name.lower(): int(fate) for fate in Fate}
 _ROLES = {role.name.lower(): int(role) for role in (Role.VISUAL, Role.NEWLINE)}
 
 ALWAYS: tuple[Variable, ...] = (
-    Variable("token", ("step", "position"), "1", "token id of each answer slot after the step", dtype="int32"),
     Variable(
-        "commit_step", ("position",), "1", "step at which the slot was last written (-1: never)", dtype="int32"
+        "token", ("step", "position"), "1",
+        "token id of each answer slot after the step",
+        "x_i after the step", dtype="int32",
     ),
-    Variable("nominal_step", ("step",), "1", "where the step stands in the schedule", dtype="int32"),
-    Variable("block", ("step",), "1", "block of the answer that was decoded", dtype="int32"),
-    Variable("visual_tokens", ("step", "layer"), "1", "visual tokens in the layer's attention", dtype="int32"),
     Variable(
-        "visual_kept", ("step", "layer", "visual"), "1", "what became of each visual token (0: the sample has none)",
-        dtype="uint8", flags=_FATES,
+        "commit_step", ("position",), "1",
+        "step at which the slot was last written (-1: never)",
+        "max over steps t that wrote slot i of t", dtype="int32",
     ),
-    Variable("visual_box", ("visual", "corner"), "1", "what the token sees: x0, y0, x1, y1 as shares of its picture"),
-    Variable("visual_role", ("visual",), "1", "image feature or row separator", dtype="int8", flags=_ROLES),
-    Variable("visual_view", ("visual",), "1", "view of the picture: 0 its base view, then its tiles", dtype="int16"),
-    Variable("seconds", ("step", "phase"), "s", "time by phase (encoding stands at step 0)", dtype="float64"),
-    Variable("flops", ("step", "phase"), "1", "executed FLOPs by phase (encoding stands at step 0)", dtype="float64"),
-    Variable("seconds_total", (), "s", "wall time of the sample as recorded", dtype="float64"),
     Variable(
-        "seconds_unrecorded", (), "s", "wall time of the same sample with nothing recorded (NaN: not measured)",
-        dtype="float64",
+        "nominal_step", ("step",), "1",
+        "where the step stands in the schedule",
+        "block * steps / blocks + step within the block", dtype="int32",
     ),
-    Variable("flops_total", (), "1", "executed FLOPs of the sample, scoring included", dtype="float64"),
     Variable(
-        "flops_unrecorded",
-        (),
-        "1",
+        "block", ("step",), "1",
+        "block of the answer that was decoded",
+        "floor(first slot being decoded / block_length)", dtype="int32",
+    ),
+    Variable(
+        "visual_tokens", ("step", "layer"), "1",
+        "visual tokens in the layer's attention",
+        "number of j with visual_kept_j = kept", dtype="int32",
+    ),
+    Variable(
+        "visual_kept", ("step", "layer", "visual"), "1",
+        "what became of each visual token (0: the sample has none)",
+        "state of token j as a key of the layer's attention", dtype="uint8", flags=_FATES,
+    ),
+    Variable(
+        "visual_box", ("visual", "corner"), "1",
+        "what the token sees: x0, y0, x1, y1 as shares of its picture",
+        "(x0 / width, y0 / height, x1 / width, y1 / height)",
+    ),
+    Variable(
+        "visual_role", ("visual",), "1",
+        "image feature or row separator",
+        "role of the j-th position of the visual span", dtype="int8", flags=_ROLES,
+    ),
+    Variable(
+        "visual_view", ("visual",), "1",
+        "view of the picture: 0 its base view, then its tiles",
+        "number of the view that token j was cut from", dtype="int16",
+    ),
+    Variable(
+        "seconds", ("step", "phase"), "s",
+        "time by phase (encoding stands at step 0)",
+        "sum of the phase's spans, each without what is nested in it", dtype="float64",
+    ),
+    Variable(
+        "flops", ("step", "phase"), "1",
+        "executed FLOPs by phase (encoding stands at step 0)",
+        "2 m n k per matrix product, 2 per multiply-add of a convolution", dtype="float64",
+    ),
+    Variable(
+        "seconds_total", (), "s",
+        "wall time of the sample as recorded",
+        "encoding + end - start", dtype="float64",
+    ),
+    Variable(
+        "seconds_unrecorded", (), "s",
+        "wall time of the same sample with nothing recorded (NaN: not measured)",
+        "encoding + end - start, of the run without record probes", dtype="float64",
+    ),
+    Variable(
+        "flops_total", (), "1",
+        "executed FLOPs of the sample, scoring included",
+        "sum over steps and phases of flops", dtype="float64",
+    ),
+    Variable(
+        "flops_unrecorded", (), "1",
         "executed FLOPs of the same sample with nothing recorded (NaN: not measured)",
-        dtype="float64",
+        "sum over steps and phases of flops, of the run without record probes", dtype="float64",
     ),
-    Variable("peak_memory", (), "byte", "most memory allocated on the device (CPU: by the process)", dtype="float64"),
-    Variable("prompt_length", (), "1", "positions before the answer", dtype="int32"),
+    Variable(
+        "peak_memory", (), "byte",
+        "most memory allocated on the device (CPU: by the process)",
+        "max over the sample of bytes allocated", dtype="float64",
+    ),
+    Variable(
+        "prompt_length", (), "1",
+        "positions before the answer",
+        "positions of system, visual span and question", dtype="int32",
+    ),
 )  # fmt: skip
 """The variables of every trace: what the loop knows anyway."""
 

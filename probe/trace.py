@@ -187,7 +187,8 @@ class TraceWriter:
         for name, meaning in TEXTS.items():
             _note(_stacked(h5, name, (), _TEXT, None), long_name=meaning)
         score = _stacked(h5, "score", (), "<f8", float("nan"))
-        _note(score, units="1", long_name="score of the answer; NaN without a reference and after a failure")
+        meaning = "score of the answer; NaN without a reference and after a failure"
+        _note(score, units="1", long_name=meaning, formula="metric(prediction, reference)")
         pictures = h5.create_group("pictures")
         _bare_scale(pictures, "sample")
         data = pictures.create_dataset("data", (0,), "u1", maxshape=(None,), chunks=(16 << 10,))

@@ -56,6 +56,14 @@ def test_a_run_ends_with_table_traces_and_picture(quickstart: tuple[Path, str]) 
         assert trace.row("attention_mass", 0).shape[1:] == (6, 1, 5)
 
 
+def test_every_variable_says_its_units_meaning_and_formula(quickstart: tuple[Path, str]) -> None:
+    with open_trace(quickstart[0] / "quickstart.trace.h5") as trace:
+        for variable in trace.declared():
+            assert variable.units, variable.name
+            assert variable.long_name, variable.name
+            assert variable.formula, variable.name
+
+
 def test_show_check_sites_and_lists(quickstart: tuple[Path, str]) -> None:
     trace = quickstart[0] / "quickstart.trace.h5"
     assert "attention_mass" in invoke("show", trace)
