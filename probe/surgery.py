@@ -149,7 +149,9 @@ def narrow(
 
     position = moved(layout.position, 0)
     if positions == "compact":
-        position = torch.arange(width, device=device).expand(layout.batch, width).contiguous()
+        fresh = torch.arange(width, device=device).expand_as(position)
+        cut = torch.tensor([plan is not None for plan in plans], device=device)[:, None]
+        position = torch.where(cut, fresh, position)  # a sample that lost nothing keeps what it had
     new = replace(
         layout,
         row=moved(layout.row, -1),

@@ -119,3 +119,14 @@ def test_a_plan_said_over_another_layout_names_the_same_tokens(layout: Layout, d
         said = replan(plan, first, layout, b)
         wanted = first.visual[b, first.visual_rows[b]][kept].tolist()
         assert layout.visual[b, layout.visual_rows[b]][said.kept].tolist() == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.data())
+def test_compacting_leaves_samples_alone_that_lose_nothing(layout: Layout, data: st.DataObject) -> None:
+    gapped, _ = narrow(layout, choose(data, layout))
+    plans = choose(data, gapped)
+    new, _ = narrow(gapped, plans, positions="compact")
+    for b, plan in enumerate(plans):
+        kept = real(gapped, b, gapped.position)
+        assert real(new, b, new.position) == (kept if plan is None else list(range(new.length[b])))
