@@ -110,16 +110,23 @@ def run(
 
 @app.command()
 def check(
-    recipe: RecipeArgument, backbone: BackboneOption = None, sets: SetOption = None, plugin: PluginOption = None
+    recipe: RecipeArgument,
+    backbone: BackboneOption = None,
+    sets: SetOption = None,
+    plugin: PluginOption = None,
+    picture: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Count the visual tokens of a picture of this size, e.g. 640x480.")
+    ] = None,
 ) -> None:
     """Say in words what a recipe will do on a backbone, without loading its weights."""
-    from probe.backbones import facts_of
+    from probe.backbones import facts_of, visual_count
     from probe.explain import explain
     from probe.plugins import load_plugins
 
     load_plugins(plugin or [])
     loaded = _load(recipe, sets, backbone=backbone)
-    out.print(explain(loaded, facts_of(loaded.backbone)), highlight=False, markup=False)
+    n_visual = visual_count(loaded.backbone, [_size(picture)]) if picture is not None else None
+    out.print(explain(loaded, facts_of(loaded.backbone), n_visual), highlight=False, markup=False)
 
 
 @app.command()
@@ -286,6 +293,13 @@ def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None
     if problems:
         raise typer.Exit(1)
     out.print(f"{trace}: intact")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ProbeError(f"--picture {text}: write WIDTHxHEIGHT in pixels, for example 640x480")
+    return int(width), int(height)
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

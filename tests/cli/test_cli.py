@@ -72,6 +72,8 @@ def test_show_check_sites_and_lists(quickstart: tuple[Path, str]) -> None:
     assert "confidence" in json.dumps(shown)
     assert "," in invoke("show", trace, "visual_tokens", "--sample", "0", "--csv")
     assert "25%" in invoke("check", "quickstart")
+    assert "48 of 192" in invoke("check", "quickstart", "--picture", "96x96")
+    assert "2929" in invoke("check", "prune/fastv", "--backbone", "GSAI-ML/LLaDA-V", "--picture", "640x480")
     assert "layers[i].self_attn" in invoke("sites")
     assert "prune/fastv" in invoke("recipes")
     assert "GSAI-ML/LLaDA-V" in invoke("backbones")
@@ -170,6 +172,7 @@ WRONG = {
     "a task nobody knows": (["run", "quickstart", "--data", "world/color"], "world/colour"),
     "a plugin that is not there": (["run", "quickstart", "--plugin", "nowhere.py"], "nowhere.py"),
     "a trace that is not there": (["show", "nowhere.h5"], "nowhere.h5"),
+    "a size that is none": (["check", "quickstart", "--picture", "640"], "WIDTHxHEIGHT"),
     "a shard beyond the last": (["run", "quickstart", "--shard", "2/2"], "0 to N-1"),
     "a device that is not there": (["run", "quickstart", "--device", "gpu"], "cuda"),
     "steps that do not divide": (
