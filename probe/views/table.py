@@ -48,7 +48,7 @@ def render_table(result: RunResult) -> RenderableType:
             row.label,
             str(row.n),
             _number(row.score) + interval,
-            "" if alone else _number(row.agreement),
+            "" if alone else "-" if first else _number(row.agreement),
             _number(row.seconds),
             "" if first else _ratio(base.seconds, row.seconds),
             flops_text(row.flops),

@@ -212,3 +212,9 @@ def test_the_process_prints_the_message_alone_and_exits_with_2(tmp_path: Path) -
 def test_help_does_not_import_torch() -> None:
     code = "import sys; from probe.__main__ import load_cli; load_cli(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_run_without_a_baseline_claims_no_agreement(tmp_path: Path) -> None:
+    words = ("run", "prune/random", "--data", "world/short", "--limit", "2", "--no-baseline", "--out", tmp_path)
+    (line,) = [row.split() for row in invoke(*words).splitlines() if row.startswith("random ")]
+    assert line[3] == "-", "there is nothing to agree with"
