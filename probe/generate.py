@@ -16,7 +16,8 @@ from probe.backbones.base import Backbone, Prompt
 from probe.canvas import make_canvas
 from probe.compile import ProbeTable
 from probe.looking import Recorder
-from probe.loop import Finished, Rule, Step, denoise, generators
+from probe.decoding.draw import draws
+from probe.loop import Finished, Rule, Step, denoise
 from probe.probe_code import CodeProbe
 from probe.timing import PHASES, Stopwatch
 from probe.tracer import Tracer
@@ -75,7 +76,7 @@ def generate(
         code_probes=code_probes,
     )
     gatherer = Gatherer(table, tracer.kit.dims.layers, rule.gen_length, reference=reference, collected=collected)
-    events = denoise(canvas, tracer, rule, backbone.embed, generators(seed, numbers))
+    events = denoise(canvas, tracer, rule, backbone.embed, draws(seed, numbers))
     finished: Finished | None = None
     while finished is None:
         with watch.section("sampler"):

@@ -29,9 +29,13 @@ SEGMENTS: tuple[str, ...] = ("system", "visual", "newline", "question", "answer"
 """Names of the key segments of `attention_mass`, indexed by `Role` (padding has none)."""
 
 
-QuerySet = Literal["answer", "masked", "filled", "last", "last_prompt", "question", "system", "visual", "all"]
-"""Which rows of the sequence look: all answer slots, those still masked, those filled, the last row of the sequence,
-the last row before the answer, the question's, the system prompt's, the alive visual tokens', or every row."""
+QuerySet = Literal[
+    "answer", "masked", "filled", "predicting", "last", "last_prompt", "question", "system", "visual", "all"
+]
+"""Which rows of the sequence look: all answer slots, those still masked, those filled, the rows whose logits predict the
+masked slots (where logits are shifted, each the row before its slot), the last row of the sequence, the last row before
+the answer, the question's, the system prompt's, the alive visual tokens', or every row. Only rows that the pass computes
+count: in a cached pass a row that is not computed does not look."""
 
 
 class Fate(IntEnum):
@@ -70,6 +74,8 @@ class Clock:
     nominal_steps: int
     n_blocks: int
     phase: Phase = Phase.DENOISE
+    committed: tuple[float, ...] = ()
+    """Per sample: the share of the answer slots that held a token before this pass."""
 
     @property
     def progress(self) -> float:

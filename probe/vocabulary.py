@@ -1,7 +1,9 @@
-"""Importing this module registers the built-in signals, scores, selections and operations."""
+"""Importing this registers every built-in signal, score, selection, operation and decoding policy. Needs torch."""
 
-from __future__ import annotations
-
-from probe import operations, scores, selections, signals
-
-__all__ = ["operations", "scores", "selections", "signals"]
+import probe.decoding.autoregressive
+import probe.decoding.caching
+import probe.decoding.confidence
+import probe.operations
+import probe.scores
+import probe.selections
+import probe.signals  # noqa: F401

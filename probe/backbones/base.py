@@ -8,8 +8,9 @@ probes, recipes, the loop or traces.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,7 +27,8 @@ class Prompt:
     `visual (P,)` int64: the index 0..V-1 within the visual span (newlines included), -1 elsewhere.
     `box (V, 4)` float32: what each visual token sees, as (x0, y0, x1, y1) fractions of its picture, NaN for newlines;
     `view (V,)` int16: 0 for the first picture's base view, then its tiles, then the next picture's views.
-    `picture (V,)` int16: which picture. Text-only prompts have V = 0.
+    `picture (V,)` int16: which picture. Text-only prompts have V = 0. `position (P,)` or `(P, axes)` int64 are rotary
+    positions (None: 0..P-1); answer slots continue after the largest on every axis.
     """
 
     embeds: Tensor
@@ -36,6 +38,7 @@ class Prompt:
     box: Tensor
     view: Tensor
     picture: Tensor
+    position: Tensor | None = None
 
     @property
     def n_visual(self) -> int:
@@ -62,6 +65,7 @@ class LayerModules:
     attention: nn.Module
     pre_mlp_norm: nn.Module
     mlp: nn.Module
+    pre_attention_norm: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,21 @@ class GenerationDefaults:
     block_length: int = 128
     steps: int = 128
     stop: tuple[str, ...] = field(default=())
+    unmask: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"confidence": {}})
+    """Name of the unmasking policy -> its settings, as a recipe writes `generate.unmask`."""
+    cache: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"none": {}})
+    """Name of the caching policy -> its settings, as a recipe writes `generate.cache`."""
 
 
 class Backbone(ABC, nn.Module):
     """A discrete-diffusion multimodal LLM behind one face. Weights in eval mode, no gradients."""
 
+    shift: int = 0
+    """The logits of row p - shift predict slot p (1: Dream, Dimple, autoregressive models)."""
+    causal: bool = False
+    """Whether a row sees only itself and what stands before it."""
+    batches: bool = True
+    """Whether samples of a right-padded batch come out as they would alone."""
     facts: ModelFacts
     special: SpecialIds
     defaults: GenerationDefaults
@@ -98,10 +112,12 @@ class Backbone(ABC, nn.Module):
     @property
     @abstractmethod
     def lm(self) -> nn.Module:
-        """The decoder without its head, called as `lm(inputs_embeds=, position_ids=, attention_mask=)`.
+        """The decoder without its head: `lm(inputs_embeds=, position_ids=, attention_mask=, past_key_values=)`.
 
         It returns an output whose `last_hidden_state` is final-normed. `attention_mask` None means that nothing is
-        padded; `(batch, length)` is true at real keys; 4-D is bool (true: may attend) or additive float.
+        hidden (a causal model stays causal); `(batch, key)` is true at real keys; 4-D is bool (true: may attend) or
+        additive float. `past_key_values` is None or has `update(key, value, layer_idx)`, which returns the keys (after
+        rotary) and values to attend to, and `get_seq_length()`.
         """
 
     @property
@@ -121,7 +137,11 @@ class Backbone(ABC, nn.Module):
 
     @abstractmethod
     def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """`(cos, sin)`, each `(batch, length, head size)` in the dtype of `hidden`, at `position (batch, length)`."""
+        """`(cos, sin)`, each `(batch, length, head size)`, at `position (batch, length[, axes])`."""
+
+    def position_ids(self, position: Tensor) -> Tensor:
+        """`(batch, length[, axes])` positions as `lm` takes them in `position_ids`."""
+        return position
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
