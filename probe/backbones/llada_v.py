@@ -26,12 +26,12 @@ from probe.backbones import llada_v_config as names
 from probe.backbones import prompt as text
 from probe.backbones.anyres import Geometry, Tiling
 from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds
+from probe.backbones.bidirectional import BidirectionalLlama
 from probe.backbones.checkpoint import Checkpoint, Shape, Tensors, check_names, choose_dtype
 from probe.backbones.layout import Cells, Clip, Layout, Plain, Tiled
 from probe.backbones.llada_v_modules import (
     EMBEDDING,
     HEAD,
-    BidirectionalLlama,
     layer_modules,
     llama_config,
     projector,

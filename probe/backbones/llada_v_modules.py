@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from torch import nn
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 
 from probe.backbones.base import LayerModules
@@ -30,38 +27,6 @@ _LLAMA_FIELDS = (
     "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "mlp_bias", "head_dim",
 )  # fmt: skip
 _SIGLIP_FIELDS = tuple(SIGLIP_SO400M)
-
-
-class BidirectionalLlama(LlamaModel):
-    """Llama in which every position sees every other."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        config.is_causal = False  # transformers then builds bidirectional masks, also from `attention_mask=None`
-        super().__init__(config)
-        for module in self.modules():
-            if isinstance(module, LlamaAttention):
-                module.is_causal = False  # else kernels that are given no mask add a causal one
-
-    def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
-        """As Llama's; `attention_mask` is None (nothing is padded), `(batch, key)` true at real keys, or 4-D.
-
-        4-D masks are `(batch, 1 or heads, query, key)`: bool or integer (true: may attend), or floats to be
-        added.
-        """
-        embeds = kwargs.get("inputs_embeds")
-        dtype = embeds.dtype if embeds is not None else self.embed_tokens.weight.dtype
-        mask = attention_bias(attention_mask, str(self.config._attn_implementation), dtype)
-        return cast(BaseModelOutputWithPast, super().forward(*args, attention_mask=mask, **kwargs))
-
-
-def attention_bias(mask: Tensor | None, attention: str, dtype: torch.dtype) -> Tensor | None:
-    """A mask in the form that an attention implementation takes: only eager cannot take 4-D truth values."""
-    if mask is None or mask.ndim != 4 or mask.is_floating_point():
-        return mask
-    allowed = mask.bool()
-    if attention != "eager":
-        return allowed
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def published_name(name: str) -> str:

@@ -16,8 +16,9 @@ from probe.backbones import llada_v_config as names
 from probe.backbones import prompt as text
 from probe.backbones.anyres import Tiling
 from probe.backbones.base import SpecialIds
+from probe.backbones.bidirectional import attention_bias
 from probe.backbones.llada_v import LladaV
-from probe.backbones.llada_v_modules import attention_bias, llama_config, published_name, siglip_config
+from probe.backbones.llada_v_modules import llama_config, published_name, siglip_config
 from probe.backbones.splice import IMAGE
 from probe.errors import ProbeError
 from probe.site import ModelFacts, Role
