@@ -15,8 +15,8 @@ from probe.assemble import Gatherer, StepLogits
 from probe.backbones.base import Backbone, Prompt
 from probe.canvas import make_canvas
 from probe.compile import ProbeTable
-from probe.looking import Recorder
 from probe.decoding.draw import draws
+from probe.looking import Recorder
 from probe.loop import Finished, Rule, Step, denoise
 from probe.probe_code import CodeProbe
 from probe.timing import PHASES, Stopwatch
@@ -118,6 +118,7 @@ def generate(
             "seconds_total": np.array(total),
             "flops_total": np.array(flops.sum()),
             "peak_memory": np.array(_peak_memory(device)),
+            "rows_computed": np.array([tracer.rows[i][b] for i in passes], np.int32),
             "prompt_length": np.array(prompt.embeds.shape[0]),
         }
         ids = finished.output[b]

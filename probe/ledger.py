@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Ledger:
     def note(self, before: Layout, plans: Sequence[Plan | None], first_layer: int, *, lasting: bool) -> None:
         """An edit on `before`, in force from `first_layer` on; `lasting` carries it to the following steps."""
         now = self._steps[-1]
-        now[first_layer:] = _once_each(now[first_layer:], lambda fates: self._fates_after(fates, before, plans))
+        now[first_layer:] = _once_each(now[first_layer:], partial(self._fates_after, before=before, plans=plans))
         if lasting:
             self._lasting = self._fates_after(self._lasting, before, plans)
             self._gone.append((before, plans))
@@ -46,12 +47,12 @@ class Ledger:
     def keep_columns(self) -> None:
         """The pass stored its keys: what stands in each layer's columns from here on.
 
-        A pass that computed every row leaves its layers as they were when they ran. One that read columns leaves them as
-        they were before it, less what it removed for good. What is removed for good leaves every layer.
+        A pass that computed every row leaves its layers as they were when they ran. One that read columns leaves them
+        as they were before it, less what it removed for good. What is removed for good leaves every layer.
         """
         fates = self._steps[-1] if self._columns is None else self._columns
         for before, plans in self._gone:
-            fates = _once_each(fates, lambda f, b=before, p=plans: self._fates_after(f, b, p))
+            fates = _once_each(fates, partial(self._fates_after, before=before, plans=plans))
         self._columns = list(fates)
 
     @staticmethod

@@ -52,6 +52,8 @@ class Pass:
     filled: list[list[int]]
     work: Work = field(default_factory=Work)
     tail: np.ndarray | None = None
+    previous_logits: Tensor | None = None
+    """`(batch, c, vocabulary)` of an earlier pass, for models that are conditioned on them at the wanted slots."""
     computed: list[list[int]] = field(default_factory=list)
     """Per sample (host): the rows of the slots that this pass computes."""
     guided: bool = False
@@ -119,6 +121,8 @@ class Step:
     numbers: np.ndarray | None = None
     masked: np.ndarray | None = None
     """`(batch, slots)` bool: the answer slots that are masked after the pass."""
+    written: np.ndarray | None = None
+    """`(batch, slots)` bool: the answer slots that the pass wrote (the mask token, if it won, included)."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,9 @@ def denoise(
                 raise ProbeError(f"step {clock.step}: {reason}, but the cache `{kind}` computes only some rows here")
             work = again
         clock = _clock(state, ask, work.phase)
+        if ask.show is not None:
+            shown_rows = torch.from_numpy(state.rows[:, ask.columns]).to(device)
+            canvas.write(shown_rows, embed(ask.show), torch.ones_like(ask.show, dtype=torch.bool))
         request = _request(state, canvas, ask, work, clock, guided=rule.cfg_scale > 0)
         result = forward(request)
         state.passes += 1
@@ -182,9 +189,10 @@ def denoise(
             decision = rule.unmasking.decide(state, ask, logits)
         masked_before = [state.numbers[m].tolist() for m in state.masked]
         tokens = _carry_out(state, canvas, request, ask, decision, tokens, embed, mask_embed)
+        if further := rule.unmasking.fill(state, ask, decision):
+            tokens = _fill(state, canvas, further, tokens, embed)
         rule.caching.after(state, ask, decision)
         first = state.first
-        event_tokens, event_numbers, event_masked = state.tokens[:, first:], state.numbers[first:], state.masked[:, first:]
         yield Step(
             clock=clock,
             slots=state.numbers[ask.columns].tolist(),
@@ -197,13 +205,14 @@ def denoise(
             counts=list(ask.counts),
             active=list(ask.active),
             masked_before=masked_before,
-            tokens=event_tokens.copy(),
+            tokens=state.tokens[:, first:].copy(),
             canvas=canvas,
             work=work,
             computed=_computed(state, ask, work)[:, first:],
             remasked=decision.remask,
-            numbers=event_numbers.copy(),
-            masked=event_masked.copy(),
+            numbers=state.numbers[first:].copy(),
+            masked=state.masked[:, first:].copy(),
+            written=_written(state)[:, first:].copy(),
         )
         for b in range(state.batch):
             if ask.active[b] and rule.stop:
@@ -245,6 +254,7 @@ def _begin(canvas: Canvas, rule: Rule, mask_embed: Tensor, noise: Sequence[Draw]
         draw=noise,
         device=canvas.embeds.device,
         stop_at=[None] * batch,
+        filled_at=np.full((batch, len(numbers)), -1),
     )
 
 
@@ -307,6 +317,7 @@ def _request(state: State, canvas: Canvas, ask: Ask, work: Work, clock: Clock, *
         guided=guided,
         window=tuple(state.rows[b, max(low, first) : high].tolist() for b in range(state.batch)),
         shadow=ask.shadow,
+        previous_logits=ask.previous,
     )
 
 
@@ -328,8 +339,6 @@ def _carry_out(
     at = torch.from_numpy(columns).to(state.device)
     commit, candidate = decision.commit, decision.candidate
     shown, changed = candidate, commit
-    if decision.rewrite is not None:
-        shown, changed = torch.where(commit, candidate, decision.rewrite), torch.ones_like(commit)
     remask = decision.remask
     if remask is not None:
         shown = torch.where(remask, rule.mask_id, shown)
@@ -348,8 +357,32 @@ def _carry_out(
     host = snapshot[:, state.slots :]
     written = (host & 1).astype(bool)
     state.written = written
+    assert state.filled_at is not None
+    state.filled_at = np.where(written, state.passes - 1, state.filled_at)
     state.masked = (state.masked & ~(written & (state.tokens != rule.mask_id))) | (host & 2).astype(bool)
     return tokens
+
+
+def _fill(
+    state: State, canvas: Canvas, further: dict[tuple[int, int], int], tokens: Tensor, embed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Write slots outside the ask; they count as written in this pass."""
+    assert state.written is not None and state.filled_at is not None
+    new = np.zeros_like(state.masked)
+    for (sample, column), token in further.items():
+        new[sample, column] = True
+        state.tokens[sample, column] = token
+    state.written = state.written | new
+    state.filled_at = np.where(new, state.passes - 1, state.filled_at)
+    state.masked = np.where(new, state.tokens == state.rule.mask_id, state.masked)
+    tokens = torch.from_numpy(state.tokens).to(state.device)
+    rows, where = torch.from_numpy(state.rows).to(state.device), torch.from_numpy(new).to(state.device)
+    canvas.write(rows[:, state.first :], embed(tokens)[:, state.first :], where[:, state.first :])
+    return tokens
+
+
+def _written(state: State) -> np.ndarray:
+    return np.zeros_like(state.masked) if state.written is None else state.written
 
 
 def _change(
@@ -392,7 +425,9 @@ def _resize(state: State, canvas: Canvas, change: Change, mask_embed: Tensor) ->
     fresh_rows = canvas.layout.length_at_start + np.arange(int(new.sum()))
     fresh_numbers = max(int(state.numbers.max(initial=-1)) + 1, state.memory.get("next_number", 0))
     fresh_numbers = fresh_numbers + np.arange(int(new.sum()))
-    state.memory["next_number"] = int(fresh_numbers[-1]) + 1 if len(fresh_numbers) else state.memory.get("next_number", 0)
+    state.memory["next_number"] = (
+        int(fresh_numbers[-1]) + 1 if len(fresh_numbers) else state.memory.get("next_number", 0)
+    )
     canvas = canvas.resized(source[first:] - np.where(source[first:] < 0, 0, first), fresh_rows, mask_embed)
 
     def moved(x: np.ndarray, filler: np.ndarray | int) -> np.ndarray:
@@ -404,6 +439,8 @@ def _resize(state: State, canvas: Canvas, change: Change, mask_embed: Tensor) ->
     state.rows = moved(state.rows, fresh_rows)
     state.tokens = moved(state.tokens, state.rule.mask_id)
     state.masked = moved(state.masked, 1).astype(bool)
+    assert state.filled_at is not None
+    state.filled_at = moved(state.filled_at, -1)
     state.written = None
     return canvas
 

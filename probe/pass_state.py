@@ -2,7 +2,7 @@
 
 Hooks (in `tracer`) call in here; everything that depends on the order of layers within a pass lives in this file.
 
-Two layouts describe a layer: `layout`, the rows that the pass computes, and `keys`, the columns that they attend to. In a
+Two layouts describe a layer: `layout`, the rows that the pass computes, and `keys`, the columns they attend to. In a
 pass that computes every row they are one. In a cached pass visual tokens are mostly columns: an edit then cuts columns,
 for this pass (`lasts: forward`) or out of the store (`lasts: generation`).
 """
@@ -105,9 +105,7 @@ class PassState:
             mask = mask.repeat(self.streams, 1)
         return {
             "inputs_embeds": embeds,
-            "position_ids": backbone.position_ids(self._positions().repeat_interleave(1, 0))
-            if self.streams == 1
-            else backbone.position_ids(torch.cat([self._positions()] * self.streams)),
+            "position_ids": backbone.position_ids(torch.cat([self._positions()] * self.streams)),
             "attention_mask": mask,
             "past_key_values": _Columns(self) if work.cached else None,
             "use_cache": False,
@@ -116,7 +114,7 @@ class PassState:
     @property
     def uneven(self) -> bool:
         """Whether stored layers differ so that hooks must carry their masks and positions, probes or none."""
-        return self.cached and self.kit.store.uneven
+        return self.cached and (bool(self._cuts) or self.kit.store.uneven)
 
     def _start(self) -> tuple[int, ...]:
         """Where answer slots begin for the layer that runs now: where its stored keys say so."""

@@ -32,10 +32,10 @@ SEGMENTS: tuple[str, ...] = ("system", "visual", "newline", "question", "answer"
 QuerySet = Literal[
     "answer", "masked", "filled", "predicting", "last", "last_prompt", "question", "system", "visual", "all"
 ]
-"""Which rows of the sequence look: all answer slots, those still masked, those filled, the rows whose logits predict the
-masked slots (where logits are shifted, each the row before its slot), the last row of the sequence, the last row before
-the answer, the question's, the system prompt's, the alive visual tokens', or every row. Only rows that the pass computes
-count: in a cached pass a row that is not computed does not look."""
+"""Which rows of the sequence look: all answer slots, those still masked, those filled, the rows whose logits predict
+the masked slots (where logits are shifted, each the row before its slot), the last row of the sequence, the last row
+before the answer, the question's, the system prompt's, the alive visual tokens', or every row. Only rows that the pass
+computes count: in a cached pass a row that is not computed does not look."""
 
 
 class Fate(IntEnum):

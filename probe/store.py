@@ -120,9 +120,7 @@ class KeyStore:
                 held.layout = replace(held.layout, answer_start=tuple(starts))
 
 
-def cut_columns(
-    layout: Layout, plans: Sequence[Plan | None], said_of: Layout
-) -> tuple[Layout, Tensor | None]:
+def cut_columns(layout: Layout, plans: Sequence[Plan | None], said_of: Layout) -> tuple[Layout, Tensor | None]:
     """A layer's columns without what the plans, over the alive visual tokens of `said_of`, do not keep.
 
     Returns the layout and the gather index; None for an index where columns are hidden instead of removed: masking
@@ -147,7 +145,9 @@ def _hidden_where(layout: Layout, plans: Sequence[Plan | None], said_of: Layout)
     for b, plan in enumerate(plans):
         if plan is None:
             continue
-        keeps = torch.zeros(max(layout.length_at_start, said_of.length_at_start) + 1, dtype=torch.bool, device=hidden.device)
+        keeps = torch.zeros(
+            max(layout.length_at_start, said_of.length_at_start) + 1, dtype=torch.bool, device=hidden.device
+        )
         keeps[said_of.row[b, said_of.visual_rows[b][plan.kept]]] = True
         rows = layout.visual_rows[b]
         hidden[b, rows] |= ~keeps[layout.row[b, rows]]

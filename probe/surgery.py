@@ -220,9 +220,7 @@ def hide(layout: Layout, plans: Sequence[Plan | None]) -> Layout:
     return replace(layout, hidden_key=hidden, visual_rows=tuple(visual_rows), other_rows=tuple(other_rows))
 
 
-def select(
-    layout: Layout, prompt: Literal["all", "none", "last"], tail: np.ndarray
-) -> tuple[Layout, Tensor]:
+def select(layout: Layout, prompt: Literal["all", "none", "last"], tail: np.ndarray) -> tuple[Layout, Tensor]:
     """The rows that a pass computes: of the prompt all, none or the last, behind it the places `tail (batch, t)`.
 
     Returns the layout of just these rows and the gather index `(batch, new length)`. Nothing waits for the device.
@@ -275,7 +273,9 @@ def extend(layout: Layout, more: Layout) -> Layout:
     offset = layout.width
     hidden = None
     if layout.hidden_key is not None or more.hidden_key is not None:
-        parts = [torch.zeros_like(x.row, dtype=torch.bool) if x.hidden_key is None else x.hidden_key for x in (layout, more)]
+        parts = [
+            torch.zeros_like(x.row, dtype=torch.bool) if x.hidden_key is None else x.hidden_key for x in (layout, more)
+        ]
         hidden = torch.cat(parts, 1)
     return replace(
         layout,
@@ -283,7 +283,9 @@ def extend(layout: Layout, more: Layout) -> Layout:
         role=torch.cat([layout.role, more.role], 1),
         position=torch.cat([layout.position, more.position], 1),
         visual=torch.cat([layout.visual, more.visual], 1),
-        visual_rows=tuple(torch.cat([a, b + offset]) for a, b in zip(layout.visual_rows, more.visual_rows, strict=True)),
+        visual_rows=tuple(
+            torch.cat([a, b + offset]) for a, b in zip(layout.visual_rows, more.visual_rows, strict=True)
+        ),
         other_rows=tuple(torch.cat([a, b + offset]) for a, b in zip(layout.other_rows, more.other_rows, strict=True)),
         length=tuple(a + b for a, b in zip(layout.length, more.length, strict=True)),
         length_at_start=max(layout.length_at_start, more.length_at_start),

@@ -62,6 +62,8 @@ class Tracer:
         self.code_probes = tuple(code_probes)
         self.flops: list[dict[str, int]] = []
         """FLOPs of the whole batch by phase, one entry per pass."""
+        self.rows: list[tuple[int, ...]] = []
+        """Rows that each sample's first layer computed, one entry per pass."""
 
     def __call__(self, request: Pass) -> PassResult:
         """Run one pass: edits before the model, the model with its hooks, the head on the wanted rows."""
@@ -107,6 +109,7 @@ class Tracer:
 
     def _run(self, state: PassState, probes: list[BoundProbe], request: Pass) -> Tensor:
         inputs = state.model_inputs()
+        self.rows.append(state.layout.length)
         code = [c for c in self.code_probes if c.fires(request.clock)]
         with ExitStack() as stack:
             if probes or state.uneven:

@@ -20,7 +20,7 @@ class NoCache(Caching):
 @cachings.register(name="prefix")
 @dataclass(frozen=True, kw_only=True)
 class PrefixLM(Caching):
-    """LaViDa's prefix-LM: the prompt is computed once and sees only itself; steps compute the answer (arXiv 2505.16839).
+    """LaViDa's prefix-LM: the prompt is computed once and sees only itself (arXiv 2505.16839).
 
     Exact for that attention pattern, which is not the one without a cache: there the prompt sees the answer. Where
     logits are shifted, the prompt's last row predicts the first slot, which is committed by the prefill.
@@ -77,7 +77,7 @@ class Crop(Caching):
 @cachings.register(name="kv")
 @dataclass(frozen=True, kw_only=True)
 class KeyValue(Caching):
-    """The cache of autoregressive models: every row is computed once, when its token is known. Exact under causality."""
+    """The cache of autoregressive models: every row is computed once, when its token is known. Exact if causal."""
 
     def plan(self, state: State, ask: Ask) -> Work:
         """The prompt first, then the slots that were written since."""

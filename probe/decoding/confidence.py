@@ -11,8 +11,8 @@ from torch import Tensor
 
 from probe.decoding import schedule, unmask
 from probe.decoding.policy import Ask, Decision, State, Unmasking
-from probe.errors import ProbeError
 from probe.decoding.rule import Rule
+from probe.errors import ProbeError
 from probe.registry import unmaskings
 
 
@@ -66,7 +66,10 @@ class Confidence(Unmasking):
         if rule.temperature > 0:
             assert state.places is not None
             uniform = torch.stack(
-                [d.uniform_rows(n, at, logits.shape[-1]) for d, n, at in zip(state.draw, state.alive, state.places)]
+                [
+                    d.uniform_rows(n, at, logits.shape[-1])
+                    for d, n, at in zip(state.draw, state.alive, state.places, strict=True)
+                ]
             ).to(device)
         candidate = unmask.propose(logits, rule.temperature, uniform)
         sure = unmask.confidence(logits, candidate)
@@ -74,7 +77,9 @@ class Confidence(Unmasking):
         if rule.remasking == "random":
             assert state.places is not None
             where = state.places.cpu()
-            score = torch.stack([d.uniform(n)[at] for d, n, at in zip(state.draw, state.alive, where)]).to(device)
+            score = torch.stack([d.uniform(n)[at] for d, n, at in zip(state.draw, state.alive, where, strict=True)]).to(
+                device
+            )
         eligible = torch.from_numpy(ask.eligible).to(device)
         return Decision(candidate, sure, score, unmask.select(score, eligible, ask.counts))
 

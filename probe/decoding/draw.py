@@ -21,6 +21,10 @@ class Draw:
         """Uniform numbers in [0, 1) of a shape."""
         return torch.rand(*shape, dtype=dtype, generator=self.generator)
 
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Uniform int64 numbers in [0, high) of a shape."""
+        return torch.randint(high, shape, generator=self.generator)
+
     def permutation(self, n: int) -> Tensor:
         """A random order of n things, `(n,)` int64."""
         return torch.randperm(n, generator=self.generator)

@@ -54,6 +54,11 @@ class Ask:
     step_in_block: int = 0
     phase: Phase = Phase.DENOISE
     absent: np.ndarray | None = None
+    show: Tensor | None = None
+    """`(batch, c)` int64: tokens that stand at the columns in this pass though the slots stay masked (models that are
+    trained on noise tokens instead of masks)."""
+    previous: Tensor | None = None
+    """`(batch, c, vocabulary)`: logits of an earlier pass that this one is conditioned on (`Backbone.condition`)."""
     shadow: bool = False
     """Also run a copy of the window, all masks, that no real row sees and that is blind to the slot it stands for; its
     logits follow those of `columns` (WINO's verification)."""
@@ -64,7 +69,7 @@ class Decision:
     """What a pass comes to, all `(batch, c)` over the ask's columns.
 
     `candidate` int64, its `confidence` float64, the `score` that ranked it, `commit` bool. `remask` masks filled slots
-    again. `rewrite` int64 shows these tokens at slots that stay masked (models that re-noise instead of masking).
+    again.
     """
 
     candidate: Tensor
@@ -72,7 +77,6 @@ class Decision:
     score: Tensor
     commit: Tensor
     remask: Tensor | None = None
-    rewrite: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,9 @@ class State:
     """One generation of a batch, as policies see it. Only the loop changes it.
 
     `numbers (slots,)` slot numbers; `rows (batch, slots)` the canvas row (numbered when it was made) of every slot;
-    `tokens (batch, slots)` int64; `masked`, `written` (in the last pass) `(batch, slots)` bool. `memory` is the
-    policies' own.
+    `tokens (batch, slots)` int64; `masked`, `written` (in the last pass) `(batch, slots)` bool; `filled_at` the pass in
+    which each slot was last filled (-1: given, or open). A policy sets `finished` to end the run after the pass.
+    `memory` is the policies' own.
     """
 
     rule: Rule
@@ -130,6 +135,7 @@ class State:
     stop_at: list[int | None] = field(default_factory=list)
     passes: int = 0
     written: np.ndarray | None = None
+    filled_at: np.ndarray | None = None
     finished: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -147,11 +153,6 @@ class State:
     def first(self) -> int:
         """The column of the first generated slot."""
         return int((self.numbers < 0).sum())
-
-    @property
-    def open(self) -> np.ndarray:
-        """`(batch, slots)`: masked, in samples that still decode."""
-        return self.masked
 
     def ask(
         self,
@@ -197,6 +198,10 @@ class Unmasking:
     def decide(self, state: State, ask: Ask, logits: Tensor) -> Decision:
         """What the pass comes to, from `logits (batch, c, vocabulary)` float32 of the ask's columns."""
         raise TypeError(f"{type(self).__name__} must say what a pass commits")
+
+    def fill(self, state: State, ask: Ask, decision: Decision) -> dict[tuple[int, int], int]:
+        """Further slots to write in this pass, {(sample, column): token}, once the commits stand in the state."""
+        return {}
 
     def first_token(self, state: State, ask: Ask, logits: Tensor) -> Decision:
         """What a prefill commits where the logits of its last row are those of the first slot: the arg-max."""
