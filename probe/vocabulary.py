@@ -1,9 +1,8 @@
-"""Importing this registers every built-in signal, score, selection, operation and decoding policy. Needs torch."""
+"""Importing this module registers the built-in signals, scores, selections, operations and decoding policies."""
 
-import probe.decoding.autoregressive
-import probe.decoding.caching
-import probe.decoding.confidence
-import probe.operations
-import probe.scores
-import probe.selections
-import probe.signals  # noqa: F401
+from __future__ import annotations
+
+from probe import operations, scores, selections, signals
+from probe.decoding import autoregressive, caching, confidence, length
+
+__all__ = ["autoregressive", "caching", "confidence", "length", "operations", "scores", "selections", "signals"]
