@@ -66,6 +66,7 @@ EXACTLY: dict[str, set[str]] = {
     "registry": {"errors"},
     "surgery": {"site"},
     "ledger": {"site", "surgery"},
+    "store": {"site", "surgery"},
     "signals": {"attend", "registry", "site"},
     "scores": {"attend", "cost", "registry", "site"},
     "selections": {"registry"},
@@ -76,6 +77,9 @@ EXACTLY: dict[str, set[str]] = {
     "decoding.schedule": set(),
     "decoding.stop": set(),
     "decoding.unmask": set(),
+    "decoding.draw": set(),
+    "decoding.policy": {"decoding", "site"},
+    "decoding.rule": {"decoding", "errors"},
 }
 """Modules that may import just these of ours."""
 
@@ -141,7 +145,7 @@ ALONG_A_SEQUENCE = {
     ("looking", "received"): "one sample's columns of averaged attention",
     ("signals", "visual_importance"): "attention from keys to visual indices",
     ("decoding.unmask", "select"): "ranks of answer slots",
-    ("loop", "denoise"): "a snapshot of tokens",
+    ("loop", "_carry_out"): "a snapshot of tokens",
     ("assemble", "_signal"): "answer slots that are open in both runs",
 }
 """Functions outside of `surgery` that pick along dimension 1. None of them hands on a shortened sequence."""
@@ -161,8 +165,8 @@ def test_only_surgery_changes_the_length_of_a_sequence() -> None:
             if called in PICKING and (along or any(k.arg == "dim" for k in call.keywords)):
                 picking.add((name, function))
     assert picking <= set(ALONG_A_SEQUENCE)
-    knives = {"narrow", "hide", "take", "restore"}
-    assert {n for n in MODULES if taken(n, "surgery") & knives} == {"canvas", "pass_state"}
+    knives = {"narrow", "hide", "take", "restore", "select", "extend", "resize", "take_columns", "put_columns"}
+    assert {n for n in MODULES if taken(n, "surgery") & knives} == {"canvas", "pass_state", "store"}
 
 
 def test_only_the_tracer_puts_hooks_on_modules() -> None:
