@@ -22,7 +22,8 @@ from probe.surgery import Layout, Order, Positions, hide, make_layout, narrow, r
 class Canvas:
     """`embeds (batch, length, width)` and its layout; per sample (host): roles and prompt length at the start.
 
-    `roles[b] (P + gen_length + suffix,)` int8 on the host; answer slots of sample b start at `prompt_length[b]`.
+    `roles[b] (P + gen_length + suffix,)` int8 on the host; answer slots of sample b start at `prompt_length[b]`;
+    `pictures[b] (V,)` the picture of every visual token.
     """
 
     embeds: Tensor
@@ -32,6 +33,7 @@ class Canvas:
     gen_length: int
     suffix_length: int
     n_visual_at_start: tuple[int, ...]
+    pictures: tuple[Tensor, ...] = ()
 
     @property
     def answer_rows(self) -> list[list[int]]:
@@ -95,6 +97,7 @@ def make_canvas(prompts: Sequence[Prompt], mask_embed: Tensor, gen_length: int, 
         gen_length=gen_length,
         suffix_length=tail.shape[0] - gen_length,
         n_visual_at_start=tuple(p.n_visual for p in prompts),
+        pictures=tuple(p.picture for p in prompts),
     )
 
 

@@ -116,8 +116,8 @@ class Looking:
             self._under_way[key] = gathering
             rows = gathering.rows.repeat(self._streams, 1)
             requests.append(RowRequest(rows, key[2], gathering.receive))
-            scored = self._dims.scored_rows(rows.shape[1], keys.width, key[2])
-            averaged = self._dims.averaged_rows(rows.shape[1], keys.width, key[2])
+            scored = self._dims.scored_rows(rows.shape[1], keys.width, key[2], layer)
+            averaged = self._dims.averaged_rows(rows.shape[1], keys.width, key[2], layer)
             flops += layout.batch * (self._streams * scored + averaged)
         if requests:
             ask(self._backbone.layers[layer].attention, requests, self.timed)

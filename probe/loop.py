@@ -52,6 +52,8 @@ class Pass:
     filled: list[list[int]]
     work: Work = field(default_factory=Work)
     tail: np.ndarray | None = None
+    conditioned: bool = False
+    """Whether the wanted slots show noise that the model must be prepared for (`Backbone.condition`)."""
     previous_logits: Tensor | None = None
     """`(batch, c, vocabulary)` of an earlier pass, for models that are conditioned on them at the wanted slots."""
     computed: list[list[int]] = field(default_factory=list)
@@ -317,6 +319,7 @@ def _request(state: State, canvas: Canvas, ask: Ask, work: Work, clock: Clock, *
         guided=guided,
         window=tuple(state.rows[b, max(low, first) : high].tolist() for b in range(state.batch)),
         shadow=ask.shadow,
+        conditioned=ask.show is not None,
         previous_logits=ask.previous,
     )
 

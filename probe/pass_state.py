@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from probe.backbones.base import Backbone
+from probe.backbones.rows import Rows
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, Call, ProbeTable
 from probe.cost import DecoderDims
@@ -70,6 +71,10 @@ class PassState:
         self._key_index: dict[int, list[Tensor]] = {}
         self._late_cuts: list[tuple[int, Sequence[Plan | None], Layout]] = []
         self._shrunk = False
+        self._masks: tuple[Tensor | None, ...] = ()
+        self._ids: Tensor | None = None
+        self._masked: Layout | None = None
+        self._masked_rows: Layout | None = None
         self.looking = Looking(kit.backbone, kit.dims, kit.recorder, kit.watch, request, self.streams, probes)
         self._ordinal = {p.name: i for i, p in enumerate(kit.table.probes)}
 
@@ -98,18 +103,54 @@ class PassState:
             store.begin(places, prompt=work.prompt == "all", rows=self.layout.width)
         self.keys = store.columns(0, self.layout) if self.cached else self.layout
         self._rope_start = self._start()
-        mask = self.keys.key_mask()
-        if self.cached or self.kit.backbone.causal:
-            mask = self._attention_mask()
-        elif mask is not None:
-            mask = mask.repeat(self.streams, 1)
+        self._masks = self._who_sees_whom()
         return {
-            "inputs_embeds": embeds,
-            "position_ids": backbone.position_ids(torch.cat([self._positions()] * self.streams)),
-            "attention_mask": mask,
+            "inputs_embeds": self._conditioned(embeds),
+            "position_ids": self._row_ids(),
+            "attention_mask": self._masks[0] if len(self._masks) == 1 else self._masks,
             "past_key_values": _Columns(self) if work.cached else None,
             "use_cache": False,
         }
+
+    def _conditioned(self, embeds: Tensor) -> Tensor:
+        """Slots that show noise, as the model wants to see them; never written back to the canvas."""
+        if not self.request.conditioned:
+            return embeds
+        rows = self.layout.locate(self.request.rows)[..., None].expand(-1, -1, embeds.shape[-1])
+        seen = self.kit.backbone.condition(embeds.gather(1, rows), self.request.previous_logits)
+        return embeds.scatter(1, rows, seen.to(embeds.dtype))
+
+    def _rows(self, layout: Layout, position: Tensor, place: Tensor | None) -> Rows:
+        request = self.request
+        window = [(rows[0], rows[-1] + 1) if rows else (0, 0) for rows in request.window]
+        return Rows(
+            position=position,
+            place=_places(layout) if place is None else place,
+            row=layout.row,
+            visual=layout.visual,
+            real=layout.key_mask(),
+            window=window or [(0, 0)] * self.batch,
+            pictures=self.canvas.pictures,
+        )
+
+    def _query_rows(self) -> Rows:
+        """The rows that this pass computes, as the backbone is told of them."""
+        place = None
+        if self.keys is not self.layout:
+            place = self.keys.locate(self.layout.row.clamp(min=0))
+        return self._rows(self.layout, self._positions(), place)
+
+    def _row_ids(self) -> Tensor:
+        """The layers' `position_ids`, both streams under guidance."""
+        ids = self.kit.backbone.row_ids(self._query_rows())
+        return ids if self.streams == 1 else torch.cat([ids] * self.streams, self.kit.backbone.ids_batch_axis)
+
+    def _who_sees_whom(self) -> tuple[Tensor | None, ...]:
+        """The masks of the sequence as it is now, one per kind of layer, both streams under guidance."""
+        query = self._query_rows()
+        keys = query if self.keys is self.layout else self._rows(self.keys, self.keys.position, None)
+        masks = self.kit.backbone.sees(query, keys)
+        return masks if self.streams == 1 else tuple(None if m is None else torch.cat([m] * 2) for m in masks)
 
     @property
     def uneven(self) -> bool:
@@ -138,12 +179,13 @@ class PassState:
 
     def count_all_layers(self) -> None:
         """FLOPs of a pass that no hook watches."""
-        for _ in range(self.kit.dims.layers):
-            self._count(self.layout.width, self.keys.width, self.layout.width)
+        for layer in range(self.kit.dims.layers):
+            self._count(layer, self.layout.width, self.keys.width, self.layout.width)
 
-    def _count(self, rows: int, keys: int, mlp_rows: int) -> None:
+    def _count(self, layer: int, rows: int, keys: int, mlp_rows: int) -> None:
         dims = self.kit.dims
-        self.flops["backbone"] += self.streams * self.batch * (dims.attention(rows, keys) + dims.mlp_block(mlp_rows))
+        cost = dims.attention(rows, keys, layer) + dims.mlp_block(mlp_rows, layer)
+        self.flops["backbone"] += self.streams * self.batch * cost
 
     def leave_attention(self, layer: int) -> None:
         """A layer's attention has run."""
@@ -175,11 +217,10 @@ class PassState:
             kwargs = {
                 **kwargs,
                 "position_embeddings": self._rope,
-                "attention_mask": self._attention_mask(),
+                "attention_mask": self._mask_of(layer),
             }
         if self._changed and "position_ids" in kwargs:
-            position = torch.cat([self._positions()] * self.streams)
-            kwargs["position_ids"] = self.kit.backbone.position_ids(position)
+            kwargs["position_ids"] = self._ids
         self.flops["probe"] += self.looking.ask(layer, self.layout, self.keys)
         self._rows_at = self._mlp_rows = hidden.shape[1]
         self._keys_at = self.keys.width
@@ -221,9 +262,13 @@ class PassState:
     def leave_layer(self, layer: int, hidden: Tensor, probes: Sequence[BoundProbe]) -> Tensor:
         """A layer ends: its output on the sequence as it is now, after its `layer.output` probes."""
         if self._between is not None and self._mlp_out is not None:
-            hidden = self._between + self._mlp_out
+            join = self.kit.backbone.layers[layer].join
+            if join is None:
+                hidden = self._between + self._mlp_out
+            else:
+                hidden = join(self._between, self._mlp_out, self._row_ids())
             self._between = self._mlp_out = None
-        self._count(self._rows_at, self._keys_at, self._mlp_rows)
+        self._count(layer, self._rows_at, self._keys_at, self._mlp_rows)
         for probe in probes:
             hidden = self._act(probe, layer, hidden, first_layer=layer + 1)
         return hidden
@@ -286,15 +331,12 @@ class PassState:
         self.canvas_after = _edited(self.canvas_after, said, options)
         self._shrunk |= options.get("answer_positions") == "shrunk"
 
-    def _attention_mask(self) -> Tensor | None:
-        """The mask of the layer that runs now, `(streams * batch, 1, 1 or row, key)` bool; None: all is seen."""
-        mask = self.keys.key_mask()
-        if self.kit.backbone.causal and self.layout.width > 1 and (self.cached or mask is not None):
-            place = self.keys.locate(self.layout.row.clamp(min=0)) if self.cached else _places(self.layout)
-            before = torch.arange(self.keys.width, device=place.device) <= place[..., None]
-            causal = before if mask is None else before & mask[:, None]
-            return torch.cat([causal[:, None]] * self.streams)
-        return None if mask is None else mask.repeat(self.streams, 1)[:, None, None, :]
+    def _mask_of(self, layer: int) -> Tensor | None:
+        """The mask of a layer for the sequence as it is now."""
+        if self._masked is not self.keys or self._masked_rows is not self.layout:
+            self._masked, self._masked_rows = self.keys, self.layout
+            self._masks, self._ids = self._who_sees_whom(), self._row_ids()
+        return self._masks[self.kit.backbone.layers[layer].kind]
 
     def _cut(self, probe: BoundProbe, layer: int, hidden: Tensor, *, first_layer: int) -> Tensor:
         before = self.keys if self.cached else self.layout

@@ -18,7 +18,6 @@ from torch import Tensor
 from probe.backbones.base import Backbone
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, Call, ProbeTable
-from probe.cost import decoder_dims
 from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult
@@ -47,7 +46,7 @@ class Tracer:
         code_probes: Sequence[CodeProbe] = (),
     ) -> None:
         device = canvas.embeds.device
-        dims = decoder_dims(backbone.lm.config, backbone.facts.vocabulary)
+        dims = backbone.costs
         self.kit = Kit(
             backbone=backbone,
             table=table,

@@ -8,14 +8,17 @@ probes, recipes, the loop or traces.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from probe.backbones.rows import Rows
+from probe.cost import DecoderDims, decoder_dims
 from probe.site import ModelFacts
 
 
@@ -66,6 +69,10 @@ class LayerModules:
     pre_mlp_norm: nn.Module
     mlp: nn.Module
     pre_attention_norm: nn.Module | None = None
+    kind: int = 0
+    """Which of the masks that `Backbone.sees` returns the layer takes."""
+    join: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """`join(residual, MLP output, position ids)`: the layer's output; None: their sum."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,8 @@ class Backbone(ABC, nn.Module):
     """The logits of row p - shift predict slot p (1: Dream, Dimple, autoregressive models)."""
     causal: bool = False
     """Whether a row sees only itself and what stands before it."""
+    ids_batch_axis: int = 0
+    """Which axis of `position_ids` counts the samples."""
     batches: bool = True
     """Whether samples of a right-padded batch come out as they would alone."""
     facts: ModelFacts
@@ -142,6 +151,27 @@ class Backbone(ABC, nn.Module):
     def position_ids(self, position: Tensor) -> Tensor:
         """`(batch, length[, axes])` positions as `lm` takes them in `position_ids`."""
         return position
+
+    def row_ids(self, rows: Rows) -> Tensor:
+        """What `lm` and its layers get in `position_ids` for these rows; more than positions, if a model needs it."""
+        return self.position_ids(rows.position)
+
+    def sees(self, query: Rows, key: Rows) -> tuple[Tensor | None, ...]:
+        """Who may attend to whom: one mask `(batch, 1, 1 or query, key)` bool per kind of layer; None: all to all."""
+        real = None if key.real is None else key.real[:, None, None, :]
+        if not self.causal or query.row.shape[1] == 1:
+            return (real,)
+        before = key.place[:, None, None, :] <= query.place[:, None, :, None]
+        return (before if real is None else before & real,)
+
+    def condition(self, embeds: Tensor, previous: Tensor | None) -> Tensor:
+        """Embeddings `(batch, c, width)` of slots that show noise, given their logits in an earlier pass, if any."""
+        return embeds
+
+    @cached_property
+    def costs(self) -> DecoderDims:
+        """What the decoder's layers and head cost (`probe.cost`)."""
+        return decoder_dims(self.lm.config, self.facts.vocabulary)
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:

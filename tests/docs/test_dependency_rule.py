@@ -73,7 +73,8 @@ EXACTLY: dict[str, set[str]] = {
     "operations": {"registry", "site", "surgery"},
     "loop": {"canvas", "decoding", "errors", "site"},
     "canvas": {"backbones.base", "site", "surgery"},
-    "backbones.base": {"site"},
+    "backbones.base": {"backbones.rows", "cost", "site"},
+    "backbones.rows": set(),
     "decoding.schedule": set(),
     "decoding.stop": set(),
     "decoding.unmask": set(),
@@ -141,6 +142,7 @@ def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
 PICKING = {"gather", "index_select", "scatter", "scatter_", "narrow", "take_along_dim", "index_copy_", "index_fill_"}
 ALONG_A_SEQUENCE = {
     ("tracer", "__call__"): "rows of the last hidden state for the head",
+    ("pass_state", "_conditioned"): "noise that slots show, as the model wants it",
     ("canvas", "write"): "committed embeddings into rows that are there",
     ("looking", "received"): "one sample's columns of averaged attention",
     ("signals", "visual_importance"): "attention from keys to visual indices",
