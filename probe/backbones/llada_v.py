@@ -7,7 +7,7 @@ in the one type that was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,10 @@ class LladaV(TiledBackbone):
     def ask(self, question: str, pictures: int, *, think: bool) -> str:
         """The question behind its pictures, with the thinking switch."""
         return text.ask(question, pictures, think=think)
+
+    def render(self, chat: Sequence[text.Message]) -> str:
+        """By the checkpoint's own template, or as the published one writes it."""
+        return super().render(chat) if self._tokenizer().has_template else text.render(chat)
 
     def clean(self, answer: str) -> str:
         """One trailing full stop dropped, outer blanks dropped."""

@@ -110,6 +110,10 @@ class TiledBackbone(Backbone):
     def ask(self, question: str, pictures: int, *, think: bool) -> str:
         """The user's text, with places for the pictures."""
 
+    def render(self, chat: Sequence[text.Message]) -> str:
+        """A chat as the prompt string, by the checkpoint's own template."""
+        return self._tokenizer().render(chat)
+
     @abstractmethod
     def clean(self, answer: str) -> str:
         """An answer as the model's evaluation reads it."""
@@ -233,7 +237,7 @@ class TiledBackbone(Backbone):
         tokenizer = self._tokenizer()
         layouts = cast(Sequence[Layout], features.layout) if features else ()
         asked = self.ask(question, len(layouts), think=think)
-        prompt = tokenizer.render(text.messages([(text.USER, asked)]))
+        prompt = self.render(text.messages([(text.USER, asked)]))
         if features is None:
             ids = tokenizer.encode(prompt)
             before = tokenizer.encode(prompt[: prompt.rfind(asked.strip())])
