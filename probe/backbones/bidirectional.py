@@ -7,9 +7,11 @@ object with `update` and `get_seq_length` can be the cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -20,6 +22,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.utils.output_capturing import capture_outputs
 
 from probe.errors import ProbeError
+
+_DECODER_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "head_dim",
+)  # fmt: skip
 
 
 def attention_bias(mask: Tensor | None, attention: str, dtype: torch.dtype) -> Tensor | None:
@@ -96,3 +103,39 @@ class BidirectionalQwen2(_Bidirectional, Qwen2Model):
             raise ProbeError("a bidirectional Qwen2 cannot have sliding windows: set `use_sliding_window` to false")
         super().__init__(config)
         self._see_everything(config)
+
+
+def llama_config(config: Mapping[str, Any], vocabulary: int, attention: str) -> LlamaConfig:
+    """transformers' settings of a Llama from a checkpoint's, which may spell the rotary base the old way."""
+    biases = {k: config[k] for k in ("attention_bias", "mlp_bias") if config.get(k) is not None}
+    return cast(LlamaConfig, _decoder_config(LlamaConfig, "a Llama", config, vocabulary, attention, biases))
+
+
+def qwen2_config(config: Mapping[str, Any], vocabulary: int, attention: str) -> Qwen2Config:
+    """transformers' settings of a Qwen2 without sliding windows, likewise."""
+    windows = {"use_sliding_window": bool(config.get("use_sliding_window"))}
+    return cast(Qwen2Config, _decoder_config(Qwen2Config, "a Qwen2", config, vocabulary, attention, windows))
+
+
+def _decoder_config(
+    kind: Any, what: str, config: Mapping[str, Any], vocabulary: int, attention: str, more: Mapping[str, Any]
+) -> Any:
+    rope = config.get("rope_parameters")
+    if not rope:
+        scaling = dict(config.get("rope_scaling") or {})
+        name = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
+        rope = {**scaling, "rope_type": name, "rope_theta": float(config.get("rope_theta", 10000.0))}
+    known = {k: config[k] for k in _DECODER_FIELDS if config.get(k) is not None}
+    try:
+        return kind(
+            **known, **more, vocab_size=vocabulary, rope_parameters=rope, use_cache=False, attention_dropout=0.0,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False,
+            attn_implementation=attention,
+        )  # fmt: skip
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ProbeError(f"config.json does not describe {what}: {error}") from error
+
+
+def bidirectional(config: LlamaConfig | Qwen2Config) -> BidirectionalLlama | BidirectionalQwen2:
+    """The decoder of either kind."""
+    return BidirectionalQwen2(config) if isinstance(config, Qwen2Config) else BidirectionalLlama(config)
