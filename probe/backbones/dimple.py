@@ -66,8 +66,8 @@ class Dimple(Backbone):
         gen_length=64,
         block_length=64,
         steps=64,
-        unmask={"dimple": {"alg": "maskgit_plus", "threshold": 0.95, "top_k": 50}},
-        cache="crop",
+        unmask={"dimple": {"algorithm": "maskgit_plus", "threshold": 0.95, "top_k": 50}},
+        cache={"crop": {}},
     )
 
     def __init__(
