@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from probe import operations, scores, selections, signals
-from probe.decoding import autoregressive, caching, confidence, length
+from probe.decoding import autoregressive, caching, confidence, dimple, length
 
-__all__ = ["autoregressive", "caching", "confidence", "length", "operations", "scores", "selections", "signals"]
+__all__ = [
+    "autoregressive", "caching", "confidence", "dimple", "length", "operations", "scores", "selections", "signals",
+]  # fmt: skip
