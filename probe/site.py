@@ -30,12 +30,26 @@ SEGMENTS: tuple[str, ...] = ("system", "visual", "newline", "question", "answer"
 
 
 QuerySet = Literal[
-    "answer", "masked", "filled", "predicting", "last", "last_prompt", "question", "system", "visual", "all"
+    "answer",
+    "masked",
+    "filled",
+    "predicting",
+    "last",
+    "last_prompt",
+    "question",
+    "system",
+    "visual",
+    "all",
+    "raters",
+    "raters_answer",
+    "cls",
 ]
 """Which rows of the sequence look: all answer slots, those still masked, those filled, the rows whose logits predict
 the masked slots (where logits are shifted, each the row before its slot), the last row of the sequence, the last row
-before the answer, the question's, the system prompt's, the alive visual tokens', or every row. Only rows that the pass
-computes count: in a cached pass a row that is not computed does not look."""
+before the answer, the question's, the system prompt's, the alive visual tokens', or every row. `raters` are the rows of
+the question that matter to the picture (`probe.scores.raters`), `raters_answer` chooses them from question and answer
+slots together; `cls` is the class token of an image encoder that has one. Only rows that the pass computes count: in a
+cached pass a row that is not computed does not look."""
 
 
 class Fate(IntEnum):
@@ -46,6 +60,7 @@ class Fate(IntEnum):
     MERGED = 3
     WITHDRAWN = 4
     MASKED = 5  # still computed, but no query sees its key
+    SKIPPED = 6  # carried around this layer unchanged, back after it
 
 
 class Phase(StrEnum):
@@ -119,15 +134,50 @@ EDIT_SITES: tuple[Site, ...] = (
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a selection decided for one sample, as plain index tensors over its alive visual tokens.
+class Choice:
+    """What a selection says when it knows more than which tokens stay.
 
-    `kept` is `(k,)` int64, indices into the n alive visual tokens, in the order in which they shall stand.
-    `fate` says what becomes of the others.
+    `kept` is `(k,)` int64, indices into the n alive visual tokens, best first (or in the order in which the selection
+    wants them to stand: `order: score`). `into` is `(n,)` int64 or None: the token, of those n, that each one was
+    matched to (a kept one to itself, -1: to none). `part` is `(k,)` int64 or None: which part of a combination chose
+    each kept token.
+    """
+
+    kept: torch.Tensor
+    into: torch.Tensor | None = None
+    part: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an operation decided for one sample, as plain tensors over its n alive visual tokens.
+
+    `kept` is `(k,)` int64, indices into the n alive visual tokens, in the order in which they shall stand; `appended`
+    (m) new tokens, which have no original index, stand right behind them. `fate` says what becomes of the others.
+    Where tokens are merged, `into` is `(n,)` int64: for every alive token its place 0..k+m-1 among kept and appended
+    ones (a kept token's own place, the place of what it was merged into, or -1: gone, which is `Fate.DROPPED` whatever
+    `fate` says). `values` is `(k+m, width)`, the new hidden states of kept and appended tokens; None: the kept ones are
+    as they were (and m is 0). `size` is `(k+m,)` float32, how many original tokens stand behind each, for a log-size
+    attention bias; None: sizes are not carried.
     """
 
     kept: torch.Tensor
     fate: Fate = Fate.DROPPED
+    into: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    size: torch.Tensor | None = None
+    appended: int = 0
+
+
+@dataclass(frozen=True)
+class Reweight:
+    """A change of attention: the logits of keys of the roles `target`, seen from rows of the roles `source`, rise by
+    `log factor` before the softmax, so their attention is multiplied by `factor` and every row still sums to 1.
+    """
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    factor: float
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ ROLE_COLOURS: dict[str, str] = {
     "dropped": GREY,
     "merged": SKY,
     "withdrawn": BLUE,
+    "skipped": VERMILION,
     # phases of a pass
     "encode": ORANGE,
     "backbone": BLUE,
