@@ -39,6 +39,10 @@ class DecoderDims:
         heads = self.kv_heads if form == "head_mean_logits" else self.heads
         return 2 * rows * keys * heads * self.head_size
 
+    def reweighted(self, rows: int, keys: int, layer: int = 0) -> int:
+        """Attention rows computed a second time because what they attend to is reweighted."""
+        return 4 * rows * keys * self.heads * self.head_size
+
     def averaged_rows(self, rows: int, keys: int, form: str, layer: int = 0) -> int:
         """Averaging those rows: one product with the rows' weights per head."""
         return 2 * rows * keys * (1 if form == "head_mean_logits" else self.heads)

@@ -28,7 +28,7 @@ from probe.loop import Pass
 from probe.selections import token_count
 from probe.site import Fate, Phase, Plan
 from probe.store import KeyStore, cut_columns
-from probe.surgery import Layout, hide, narrow, replan, select, take, take_columns
+from probe.surgery import Layout, hide, narrow, put_values, replan, select, take, take_columns
 from probe.timing import Stopwatch
 
 
@@ -361,11 +361,9 @@ class PassState:
         if _fate(plans) is Fate.MASKED:
             self.layout = self.keys = hide(self.layout, plans)
             return hidden
-        self.layout, index = narrow(
-            self.layout, plans, positions=options["positions"], order=options.get("order", "raster")
-        )
+        self.layout, index = narrow(self.layout, plans, positions=options["positions"])
         self.keys = self.layout
-        hidden = take(hidden, index, self.streams)
+        hidden = put_values(take(hidden, index, self.streams), self.layout, plans)
         if options["positions"] == "compact":
             self._rope = self.kit.backbone.rotary(hidden, torch.cat([self._positions()] * self.streams))
         else:
@@ -469,7 +467,7 @@ def _fate(plans: Sequence[Plan | None]) -> Fate:
 def _edited(canvas: Canvas, plans: Sequence[Plan | None], options: dict[str, Any]) -> Canvas:
     if _fate(plans) is Fate.MASKED:
         return canvas.hidden(plans)
-    return canvas.narrowed(plans, positions=options["positions"], order=options.get("order", "raster"))
+    return canvas.narrowed(plans, positions=options["positions"])
 
 
 def _places(layout: Layout) -> Tensor:

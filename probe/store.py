@@ -136,7 +136,7 @@ def cut_columns(layout: Layout, plans: Sequence[Plan | None], said_of: Layout) -
     if any(p is not None and p.fate is Fate.MASKED for p in plans):
         return hide(layout, said), None
     # stored keys carry the rotation of their position: they cannot be renumbered
-    return narrow(layout, said, positions="keep", order="raster")
+    return narrow(layout, said, positions="keep")
 
 
 def _hidden_where(layout: Layout, plans: Sequence[Plan | None], said_of: Layout) -> Layout:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from probe.registry import operations
 from probe.site import Fate, Plan
-from probe.surgery import Order, Positions
+from probe.surgery import Positions
+
+Order = Literal["raster", "score"]
 
 Lasts = Literal["forward", "generation"]
 
@@ -24,7 +26,7 @@ Lasts = Literal["forward", "generation"]
 @operations.register
 def drop(kept: Tensor, *, positions: Positions = "keep", order: Order = "raster", lasts: Lasts = "forward") -> Plan:
     """Take the other tokens out of the sequence."""
-    return Plan(kept, Fate.DROPPED)
+    return Plan(kept.sort().values if order == "raster" else kept, Fate.DROPPED)
 
 
 @operations.register(default_select="none")
