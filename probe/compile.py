@@ -8,9 +8,9 @@ probes fire.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from probe.compile_call import Call, bind, layer_error
+from probe.compile_call import Call, bind
+from probe.compile_fit import check_choice, check_layers, check_scores
 from probe.errors import ProbeError
 from probe.recipe import Part, ProbeSpec, Recipe
 from probe.recipe_at import Layers, Steps
@@ -164,7 +164,8 @@ class _Compiler:
         params = {k: v for k, v in part.params.items() if k != "as" or entry.kind != "signal"}
         inside = (*path, part.name)
         try:
-            return [bind(entry, params, i, layers, varies=varies) for i in range(layers)]
+            inside_of = {"score": self.words.scores, "selection": self.words.selections}
+            return [bind(entry, params, i, layers, varies=varies, words=inside_of) for i in range(layers)]
         except Wrong as error:
             words = str(error)
             raise self.recipe.fault(
@@ -210,41 +211,14 @@ class _Compiler:
         if spec.score is not None and score is not None:
             scores = list(self.call(score, spec.score, n, "score"))
         for layer, given, select, do in zip(layers, scores, selects, dos, strict=True):
-            self.check_score(select.entry, given)
+            try:
+                check_scores(given, select, do)
+                check_choice(select, do)
+                check_layers(self.site, layer, given, select, do)
+            except Wrong as error:
+                raise self.fail(str(error), *error.path) from None
             self.check_duration(do)
-            if given is not None:
-                self.check_attention(layer, given)
         return [Edit(a, b, c) for a, b, c in zip(scores, selects, dos, strict=True)]
-
-    def check_score(self, selection: Entry, score: Call | None) -> None:
-        """A selection that reads one number per token, or one per pair of tokens, must get just that."""
-        wanted = {"score": "per_token", "similarity": "pairwise"}
-        kinds = [kind for name, kind in wanted.items() if name in selection.needs]
-        pairs = "one number per pair of tokens (such as `similarity`)"
-        single = "one number per token (such as `attention`)"
-        if not kinds and score is not None:
-            raise self.fail(f"the selection `{selection.name}` looks at no score; remove `score`", "score")
-        if not kinds:
-            return
-        need = pairs if kinds == ["pairwise"] else single
-        if score is None:
-            raise self.fail(f"the selection `{selection.name}` needs a `score` with {need}", "select")
-        for kind in {_kind(score.entry, params) for params in score.variants}:
-            if kind not in kinds:
-                gives = (pairs if kind == "pairwise" else single).split(" (")[0]
-                raise self.fail(
-                    f"the selection `{selection.name}` needs {need}, but `{score.entry.name}` gives {gives} here",
-                    "score",
-                )
-
-    def check_attention(self, layer: int | None, score: Call) -> None:
-        if not {"attention", "received"} & set(score.entry.needs):
-            return
-        for params in score.variants:
-            relative = params.get("layer", 0)
-            if isinstance(relative, int) and (words := layer_error(self.site, layer, relative)):
-                path = ("layer",) if "layer" in (self.spec.score.params if self.spec.score else {}) else ()
-                raise self.fail(words, "score", score.entry.name, *path)
 
     def check_duration(self, do: Call) -> None:
         if self.site is Site.FINAL and any(p.get("lasts", "generation") == "forward" for p in do.variants):
@@ -252,8 +226,3 @@ class _Compiler:
                 "at `final` the step is over, so it can only change the next ones: set `lasts: generation`",
                 *("do", do.entry.name, "lasts"),
             )
-
-
-def _kind(entry: Entry, params: dict[str, Any]) -> str:
-    kind = entry.meta.get("kind", "per_token")
-    return str(kind(params) if callable(kind) else kind)
