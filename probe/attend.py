@@ -73,8 +73,8 @@ def ask(
 ) -> None:
     """Have an attention module answer `requests` in every forward until `forget`, inside `timed()`.
 
-    `keys` is handed the keys `(batch, kv head, key, size)` that the layer attends to, after rotary; `reweighting` changes
-    what some of its rows attend to.
+    `keys` is handed the keys `(batch, kv head, key, size)` that the layer attends to, after rotary; `reweighting`
+    changes what some of its rows attend to.
     """
     attention.__dict__[_SLOT] = _Asked(tuple(requests), timed, keys, tuple(reweighting))
 

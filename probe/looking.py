@@ -142,7 +142,9 @@ class Looking:
             averaged = self._dims.averaged_rows(rows.shape[1], keys.width, key[2], layer)
             flops += layout.batch * (self._streams * scored + averaged)
         reweighting = self._reweighting(layer, layout, keys)
-        flops += sum(layout.batch * self._streams * self._dims.reweighted(r.rows.shape[1], keys.width) for r in reweighting)
+        flops += sum(
+            layout.batch * self._streams * self._dims.reweighted(r.rows.shape[1], keys.width) for r in reweighting
+        )
         wants_keys = layer in self._keys_wanted
         if requests or reweighting or wants_keys:
             attention = self._backbone.layers[layer].attention
@@ -231,7 +233,9 @@ class Looking:
     def keys(self, layer: int, sample: int, rows: Tensor, probe: str) -> Tensor:
         """`(kv head, n, size)`: keys of one sample's rows of the canvas, as a layer attended to them."""
         if layer not in self._keys:
-            raise ProbeError(f"probe `{probe}` at step {self._request.clock.step}: the keys of layer {layer} are not known")
+            raise ProbeError(
+                f"probe `{probe}` at step {self._request.clock.step}: the keys of layer {layer} are not known"
+            )
         key, layout = self._keys[layer]
         return key[sample].index_select(1, layout.locate_in(sample, rows))
 
@@ -278,7 +282,6 @@ class Looking:
             [torch.full((r.shape[0],), 1 / r.shape[0], device=device) for r in per_sample], batch_first=True
         )
         return rows, weight
-
 
     def _raters(self, layout: Layout, *, with_answer: bool) -> tuple[Tensor, Tensor] | None:
         """Rows of the text behind the picture, weighted so that only raters count (all of them where none stands out)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probe.errors import ProbeError
 from probe.looking import attended
+from probe.project import projected_attention
 from probe.scores.rotary import ones_attention
 from probe.site import Role
 from probe.surgery import Layout
@@ -145,8 +146,24 @@ class SampleSource:
 
     def _received(self, params: Mapping[str, Any]) -> Tensor:
         if params.get("projected"):
-            return self._state.project(self._probe, self._b, params, self._uids)
+            return self._projected(params)
         return self._state.looking.received(self._key(params), self._b, self._uids, self._probe.name)
+
+    def _projected(self, params: Mapping[str, Any]) -> Tensor:
+        """Attention of a layer that has not run yet: its norm and projections, applied to the rows that matter."""
+        state, layer = self._state, self._probe.layer
+        assert layer is not None and state.rope is not None
+        if self._alive is not self._layout:
+            raise ProbeError(f"{self._at()}: `projected` needs every row computed in this pass")
+        rows, weight = state.looking.query_rows(params["queries"], self._layout, self._b)
+        cos, sin = (table[min(self._b, table.shape[0] - 1)] for table in state.rope)
+        modules = state.kit.backbone.layers[layer]
+        real = self._layout.length[self._b]
+        seen, flops = projected_attention(
+            modules, self._hidden[self._b, :real], rows, cos[:real], sin[:real], params["form"]
+        )
+        self.spend(flops)
+        return (weight @ seen).index_select(1, self._layout.visual_rows[self._b])
 
     def _attended(self, params: Mapping[str, Any]) -> Tensor:
         return self._state.looking.attended_rows(self._key(params), self._b, self._uids, self._probe.name)
@@ -166,7 +183,9 @@ class SampleSource:
 
     def _keys(self, params: Mapping[str, Any]) -> Tensor:
         assert self._probe.layer is not None
-        return self._state.looking.keys(self._probe.layer + params.get("layer", 0), self._b, self._uids, self._probe.name)
+        return self._state.looking.keys(
+            self._probe.layer + params.get("layer", 0), self._b, self._uids, self._probe.name
+        )
 
     # -- text -----------------------------------------------------------------------------------------------------
 
