@@ -170,6 +170,22 @@ def test_settings_that_mean_nothing(settings, message):
         rule(Dimple(**settings))
 
 
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("unmask: {dimple: {pipeline: dream, top_p: 0.01}}", Dimple(pipeline="dream", top_p=0.01)),
+        (
+            "unmask: {dimple: {algorithm: origin, threshold: 0.95, top_p: 0.95}}",
+            Dimple(algorithm="origin", threshold=0.95, top_p=0.95),
+        ),
+    ],
+)
+def test_published_settings_as_a_recipe(text, want, model):
+    """The settings that docs/backbones.md names for the published evaluation and for the README's example."""
+    asked = rule_for(model, parse_recipe(f"schema: 1\nname: published\ngenerate: {{{text}}}\n"), {}, pictures=True)
+    assert asked.unmasking == want
+
+
 def test_a_recipe_takes_the_backbones_decoder_and_may_write_part_of_the_answer(model, prompts):
     asked = rule_for(model, parse_recipe("schema: 1\nname: plain\n"), {}, pictures=True)
     assert asked.unmasking == Dimple(threshold=0.95)
