@@ -2,7 +2,7 @@
 
 Pictures keep their shape, so their number of tokens follows their size. The tower's merged features pass one more
 projector, take the places of a run of picture tokens, and stand at positions on three axes. Logits are shifted by one:
-row p - 1 predicts slot p. Where pictures are padded on the left, or the published mask is wanted, `pair_mask` makes it.
+row p - 1 predicts slot p. `dimple_modules.pair_mask` makes the published mask of prompts that are padded on the left.
 """
 
 from __future__ import annotations

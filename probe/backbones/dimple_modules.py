@@ -34,7 +34,7 @@ class MultiAxisRotary(Qwen2RotaryEmbedding):
         if sum(sections) != self.inv_freq.shape[0]:
             total = f"{sum(sections)} frequencies, each head has {self.inv_freq.shape[0]}"
             raise ProbeError(f"`mrope_section` {list(sections)} shares out {total}")
-        self.axis = tuple(axis for axis, n in enumerate(sections) for _ in range(n))
+        self.sections = tuple(sections)
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,8 @@ class MultiAxisRotary(Qwen2RotaryEmbedding):
         """
         of_frequency = position_ids[..., None]
         if position_ids.ndim == 3:
-            of_frequency = position_ids[list(self.axis)].movedim(0, -1)
+            shares = zip(position_ids, self.sections, strict=True)
+            of_frequency = torch.cat([axis[..., None].expand(-1, -1, n) for axis, n in shares], -1)
         angle = of_frequency.float() * self.inv_freq.float()
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)

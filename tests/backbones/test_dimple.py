@@ -336,6 +336,9 @@ def test_rotary_tables_are_those_of_qwen_2_5_vl(whole):
         Qwen2_5_VLTextConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope)
     )
     hidden, position = torch.zeros(2, 7, 32), torch.randint(0, 900, (3, 2, 7))
+    model = load(whole)
+    assert model.position_ids(position.movedim(0, -1)).equal(position)
+    assert model.position_ids(position[0]).equal(position[:1].expand(3, -1, -1))
     for got, want in zip(ours(hidden, position), theirs(hidden, position), strict=True):
         torch.testing.assert_close(got, want, atol=0, rtol=0)
     for got, want in zip(ours(hidden, position[0]), theirs(hidden, position[:1].expand(3, -1, -1)), strict=True):

@@ -54,9 +54,9 @@ def rule(unmasking: Dimple, *, caching: Any = None, **settings: Any) -> Rule:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_batch_equals_its_samples(settings, temperature, caching, model, prompts):
-    asked = rule(Dimple(**settings), caching=caching, temperature=temperature)
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.7}, {"cfg_scale": 0.5}], ids=str)
+def test_a_batch_equals_its_samples(settings, more, caching, model, prompts):
+    asked = rule(Dimple(**settings), caching=caching, **more)
     together = generate(model, prompts, asked, ProbeTable(()), seed=3, samples=[5, 0, 9])
     for got, prompt, number in zip(together, prompts, [5, 0, 9], strict=True):
         alone = generate(model, [prompt], asked, ProbeTable(()), seed=3, samples=[number])[0]
