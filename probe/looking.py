@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ class Looking:
             bias = torch.zeros_like(keys.row, dtype=torch.float32)
             for name in change.target:
                 bias = bias.masked_fill(self._is(name, keys), math.log(change.factor))
-            parts = [found for name in change.source if (found := self._query_rows(name, layout)) is not None]
+            parts = [found for name in change.source if (found := self._query_rows(cast(QuerySet, name), layout)) is not None]
             for rows, _ in parts:
                 out.append(Reweighting(rows.repeat(self._streams, 1), bias.repeat(self._streams, 1)))
         return out
@@ -284,7 +284,7 @@ class Looking:
         return rows, weight
 
     def _raters(self, layout: Layout, *, with_answer: bool) -> tuple[Tensor, Tensor] | None:
-        """Rows of the text behind the picture, weighted so that only raters count (all of them where none stands out)."""
+        """Rows of the text behind the picture, weighted so that only raters count (all where none stands out)."""
         request = self._request
         if request.work.prompt != "all":
             return None

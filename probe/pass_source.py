@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class SampleSource:
     """One sample's alive visual tokens at one place of a pass.
 
-    `hidden (batch, row, width)` are the states there, of the rows of `layout`; `alive` is where the tokens stand that are
-    decided about: the same layout, or in a cached pass the columns that they are.
+    `hidden (batch, row, width)` are the states there, of the rows of `layout`; `alive` is where the tokens stand that
+    are decided about: the same layout, or in a cached pass the columns that they are.
     """
 
     def __init__(

@@ -462,9 +462,10 @@ class PassState:
         if layer is None:
             return False
         for name, params in asked(edit, self.clock):
-            if name in ("received", "attended") and not params.get("projected"):
-                if not self.looking.has(attended(layer + params.get("layer", 0), params)):
-                    return True
+            if name not in ("received", "attended") or params.get("projected"):
+                continue
+            if not self.looking.has(attended(layer + params.get("layer", 0), params)):
+                return True
         return False
 
     def embeddings(self, b: int, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a layer's attention would say of hidden states that have not entered it yet. Pure, but for the layer's weights."""
+"""What a layer's attention would say of hidden states that have not entered it yet."""
 
 from __future__ import annotations
 

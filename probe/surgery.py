@@ -27,8 +27,8 @@ class Layout:
     All `(batch, length)`: `row` int64, the row's number on the canvas (-1 padding); `role` int8; `position` int64, the
     rotary position, or `(batch, length, axes)`; `visual` int64, the original visual index or -1; `hidden_key` bool or
     None: rows whose keys no query may see; `size` float32 or None: original tokens behind each row, whose logarithm is
-    added to the attention that its key receives. Per sample: `length` real rows; `visual_rows (n,)` int64 the rows of its
-    alive visual tokens (newlines included) in the order in which they stand; `other_rows (m,)` int64 all others; `tail`
+    added to the attention that its key receives. Per sample: `length` real rows; `visual_rows (n,)` int64 the rows of
+    its alive visual tokens (newlines included) in the order in which they stand; `other_rows (m,)` int64 all others; `tail`
     rows behind the prompt (answer and suffix); `answer_start` the position of the first answer slot.
     `length_at_start` is above every row number; `pristine` says that row r stands at place r.
     """
@@ -151,7 +151,7 @@ def narrow(layout: Layout, plans: Sequence[Plan | None], *, positions: Positions
     for b, plan in enumerate(plans):
         visual = layout.visual_rows[b] if plan is None else layout.visual_rows[b][plan.kept]
         m = 0 if plan is None else plan.appended
-        # sort keys: twice the old row; appended tokens come between the last survivor (or the first of all) and the next
+        # sort keys: twice the old row; appended tokens come right behind the last survivor (or the first of all)
         anchor = visual.max() if visual.shape[0] else layout.visual_rows[b].min() if m else visual
         keys = torch.cat(
             [2 * layout.other_rows[b], 2 * visual.sort().values, *([(2 * anchor + 1).expand(m)] if m else [])]

@@ -145,7 +145,8 @@ def test_appended_tokens_stand_behind_the_kept_ones(layout: Layout, data: st.Dat
         m = data.draw(st.integers(0, 3))
         if plan is not None and layout.visual_rows[len(plans)].shape[0]:
             k = plan.kept.shape[0]
-            plan = Plan(plan.kept, Fate.MERGED, values=torch.randn(k + m, 2), size=torch.full((k + m,), 2.0), appended=m)
+            size = torch.full((k + m,), 2.0)
+            plan = Plan(plan.kept, Fate.MERGED, values=torch.randn(k + m, 2), size=size, appended=m)
         plans.append(plan)
     new, index = narrow(layout, plans)
     hidden = put_values(take(torch.zeros(layout.batch, layout.width, 2), index), new, plans)
