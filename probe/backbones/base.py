@@ -8,8 +8,9 @@ probes, recipes, the loop or traces.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,6 +28,8 @@ class Prompt:
     `box (V, 4)` float32: what each visual token sees, as (x0, y0, x1, y1) fractions of its picture, NaN for newlines;
     `view (V,)` int16: 0 for the first picture's base view, then its tiles, then the next picture's views.
     `picture (V,)` int16: which picture. Text-only prompts have V = 0.
+    `position (P,)` or `(P, axes)` int64: rotary positions, None for 0..P-1. Answer slots continue at
+    `position.max() + 1` on every axis.
     """
 
     embeds: Tensor
@@ -36,6 +39,7 @@ class Prompt:
     box: Tensor
     view: Tensor
     picture: Tensor
+    position: Tensor | None = None
 
     @property
     def n_visual(self) -> int:
@@ -62,6 +66,7 @@ class LayerModules:
     attention: nn.Module
     pre_mlp_norm: nn.Module
     mlp: nn.Module
+    pre_attention_norm: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class GenerationDefaults:
     block_length: int = 128
     steps: int = 128
     stop: tuple[str, ...] = field(default=())
+    unmask: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cache: str = "none"
 
 
 class Backbone(ABC, nn.Module):
@@ -92,6 +99,11 @@ class Backbone(ABC, nn.Module):
     defaults: GenerationDefaults
     source: str
     """Where the weights came from (folder or Hub id), for the trace."""
+    shift: int = 0
+    """Row p - shift of the logits predicts slot p."""
+    causal: bool = False
+    batches: bool = True
+    """Whether right-padded batches give each sample its own result."""
     revision: str
     """A fingerprint of the weights (the Hub commit, or a sha256 of headers, sizes and samples of the data)."""
 
@@ -118,6 +130,10 @@ class Backbone(ABC, nn.Module):
     @abstractmethod
     def encoder_layers(self) -> Sequence[LayerModules]:
         """The image encoder's layers in use, first to last."""
+
+    def position_ids(self, position: Tensor) -> Tensor:
+        """Positions `(batch, length[, axes])` as `lm` takes them."""
+        return position
 
     @abstractmethod
     def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
