@@ -8,7 +8,7 @@ probes, recipes, the loop or traces.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from probe.backbones.rows import Rows
 from probe.site import ModelFacts
 
 
@@ -58,15 +59,26 @@ class Features:
     layout: object
 
 
+def add(residual: Tensor, mlp: Tensor, ids: Tensor) -> Tensor:
+    """How most layers end: the MLP's output on top of the residual stream."""
+    return residual + mlp
+
+
 @dataclass(frozen=True)
 class LayerModules:
-    """The modules of one decoder (or encoder) layer that hooks attach to."""
+    """The modules of one decoder (or encoder) layer that hooks attach to.
+
+    `kind` says which of the masks of `Backbone.sees` the layer takes. `join(residual, mlp, ids)` makes the layer's
+    output from the residual stream between attention and MLP, the output of `mlp`, and `Backbone.row_ids`.
+    """
 
     layer: nn.Module
     attention: nn.Module
     pre_mlp_norm: nn.Module
     mlp: nn.Module
     pre_attention_norm: nn.Module | None = None
+    kind: int = 0
+    join: Callable[[Tensor, Tensor, Tensor], Tensor] = add
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,29 @@ class Backbone(ABC, nn.Module):
     def position_ids(self, position: Tensor) -> Tensor:
         """Positions `(batch, length[, axes])` as `lm` takes them."""
         return position
+
+    def row_ids(self, rows: Rows) -> Tensor:
+        """What `lm` and its layers take as `position_ids`: positions, and whatever else they must know of rows."""
+        return self.position_ids(rows.position)
+
+    def sees(self, query: Rows, key: Rows) -> tuple[Tensor | None, ...]:
+        """Who may attend to whom: one mask for each kind of layer, bool, broadcastable to `(batch, 1, query, key)`.
+
+        None: every row sees every key.
+        """
+        real = None if key.real is None else key.real[:, None, None, :]
+        if not self.causal:
+            return (real,)
+        before = key.first_axis[:, None, None, :] <= query.first_axis[:, None, :, None]
+        return (before if real is None else before & real,)
+
+    def condition(self, embeds: Tensor, logits: Tensor | None) -> Tensor:
+        """What stands at the slots of the block being decoded, for one pass.
+
+        `embeds (batch, slot, width)` of their tokens; `logits (batch, slot, vocabulary)` that the last decision was
+        made from, None in a block's first pass. Never written back: a finished block is its tokens' embeddings.
+        """
+        return embeds
 
     @abstractmethod
     def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
