@@ -138,12 +138,12 @@ class Looking:
             self._under_way[key] = gathering
             rows = gathering.rows.repeat(self._streams, 1)
             requests.append(RowRequest(rows, key[2], gathering.receive))
-            scored = self._dims.scored_rows(rows.shape[1], keys.width, key[2], layer)
-            averaged = self._dims.averaged_rows(rows.shape[1], keys.width, key[2], layer)
+            scored = self._dims.at(layer).scored_rows(rows.shape[1], keys.width, key[2])
+            averaged = self._dims.at(layer).averaged_rows(rows.shape[1], keys.width, key[2])
             flops += layout.batch * (self._streams * scored + averaged)
         reweighting = self._reweighting(layer, layout, keys)
         flops += sum(
-            layout.batch * self._streams * self._dims.reweighted(r.rows.shape[1], keys.width) for r in reweighting
+            layout.batch * self._streams * self._dims.at(layer).reweighted(r.rows.shape[1], keys.width) for r in reweighting
         )
         wants_keys = layer in self._keys_wanted
         if requests or reweighting or wants_keys:
@@ -162,7 +162,8 @@ class Looking:
             bias = torch.zeros_like(keys.row, dtype=torch.float32)
             for name in change.target:
                 bias = bias.masked_fill(self._is(name, keys), math.log(change.factor))
-            parts = [found for name in change.source if (found := self._query_rows(cast(QuerySet, name), layout)) is not None]
+            found = [self._query_rows(cast(QuerySet, name), layout) for name in change.source]
+            parts = [rows for rows in found if rows is not None]
             for rows, _ in parts:
                 out.append(Reweighting(rows.repeat(self._streams, 1), bias.repeat(self._streams, 1)))
         return out

@@ -128,17 +128,18 @@ class PassState:
         return embeds.scatter(1, rows, seen.to(embeds.dtype))
 
     def _rows(self, layout: Layout, position: Tensor, place: Tensor | None) -> Rows:
-        request = self.request
-        window = [(rows[0], rows[-1] + 1) if rows else (0, 0) for rows in request.window]
-        return Rows(
-            position=position,
-            place=_places(layout) if place is None else place,
-            row=layout.row,
-            visual=layout.visual,
-            real=layout.key_mask(),
-            window=window or [(0, 0)] * self.batch,
-            pictures=self.canvas.pictures,
-        )
+        """Rows as the backbone is told of them; pictures and open rows only for one that looks at them."""
+        picture, opened = layout.visual, layout.role
+        if self.kit.backbone.reads_rows:
+            picture = torch.full_like(layout.visual, -1)
+            for b, pictures in enumerate(self.canvas.pictures):
+                if pictures.shape[0]:
+                    own = pictures.to(picture.device).long()[layout.visual[b].clamp(min=0)]
+                    picture[b] = torch.where(layout.visual[b] >= 0, own, -1)
+            edges = [(rows[0], rows[-1] + 1) if rows else (0, 0) for rows in self.request.window]
+            edge = torch.tensor(edges or [(0, 0)] * self.batch, device=layout.row.device)
+            opened = (layout.row >= edge[:, :1]) & (layout.row < edge[:, 1:])
+        return Rows(position, picture, opened, layout.key_mask(), _places(layout) if place is None else place)
 
     def _query_rows(self) -> Rows:
         """The rows that this pass computes, as the backbone is told of them."""
@@ -146,6 +147,9 @@ class PassState:
         if self.keys is not self.layout:
             place = self.keys.locate(self.layout.row.clamp(min=0))
         return self._rows(self.layout, self._positions(), place)
+
+    def _ids_now(self) -> Tensor:
+        return self._row_ids() if self.kit.backbone.reads_rows else self.layout.position
 
     def _row_ids(self) -> Tensor:
         """The layers' `position_ids`, both streams under guidance."""
@@ -190,8 +194,8 @@ class PassState:
             self._count(layer, self.layout.width, self.keys.width, self.layout.width)
 
     def _count(self, layer: int, rows: int, keys: int, mlp_rows: int) -> None:
-        dims = self.kit.dims
-        cost = dims.attention(rows, keys, layer) + dims.mlp_block(mlp_rows, layer)
+        dims = self.kit.dims.at(layer)
+        cost = dims.attention(rows, keys) + dims.mlp_block(mlp_rows)
         self.flops["backbone"] += self.streams * self.batch * cost
 
     def leave_attention(self, layer: int) -> None:
@@ -275,10 +279,7 @@ class PassState:
         """A layer ends: its output on the sequence as it is now, after its `layer.output` probes."""
         if self._between is not None and self._mlp_out is not None:
             join = self.kit.backbone.layers[layer].join
-            if join is None:
-                hidden = self._between + self._mlp_out
-            else:
-                hidden = join(self._between, self._mlp_out, self._row_ids())
+            hidden = join(self._between, self._mlp_out, self._ids_now())
             self._between = self._mlp_out = None
         self._count(layer, self._rows_at, self._keys_at, self._mlp_rows)
         if self._carried is not None:

@@ -28,8 +28,8 @@ class Layout:
     rotary position, or `(batch, length, axes)`; `visual` int64, the original visual index or -1; `hidden_key` bool or
     None: rows whose keys no query may see; `size` float32 or None: original tokens behind each row, whose logarithm is
     added to the attention that its key receives. Per sample: `length` real rows; `visual_rows (n,)` int64 the rows of
-    its alive visual tokens (newlines included) in the order in which they stand; `other_rows (m,)` int64 all others; `tail`
-    rows behind the prompt (answer and suffix); `answer_start` the position of the first answer slot.
+    its alive visual tokens (newlines included) in the order in which they stand; `other_rows (m,)` int64 all others;
+    `tail` rows behind the prompt (answer and suffix); `answer_start` the position of the first answer slot.
     `length_at_start` is above every row number; `pristine` says that row r stands at place r.
     """
 

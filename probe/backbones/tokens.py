@@ -59,6 +59,17 @@ class Tokenizer:
             raise ProbeError(f"the tokenizer's chat template cannot render a question: {error}") from error
         return cast(str, prompt)
 
+    def template(self, chat: Sequence[Mapping[str, Any]], **options: Any) -> str | None:
+        """A chat by the checkpoint's own template, with an open assistant turn at its end; None without a template."""
+        if not self._fast.chat_template:
+            return None
+        chosen = self._fast.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True, **options)
+        return cast(str, chosen)
+
+    def token_of(self, number: int) -> str | None:
+        """The token of an id as a string, or None."""
+        return cast("str | None", self._fast.backend_tokenizer.id_to_token(number))
+
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint's folder, or None when it has none.
