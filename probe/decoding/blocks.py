@@ -32,13 +32,15 @@ class Blockwise(Unmasking):
     """Whether the passes of a block go on once it holds no mask."""
     looks_ahead: ClassVar[bool] = False
     """Whether masks behind the block are eligible, too."""
+    looks_back: ClassVar[bool] = True
+    """Whether masks before the block are."""
 
     def budget(self, masked: int, rule: Rule) -> list[int] | None:
         """Tokens per pass of a block with this many masks; None: as many passes as it takes."""
         return None
 
-    def wanted(self, state: State, eligible: np.ndarray) -> np.ndarray:
-        """Columns whose logits a pass needs: `(c,)`, those of `eligible (batch, slots)` at least."""
+    def wanted(self, state: State, eligible: np.ndarray, window: tuple[int, int]) -> np.ndarray:
+        """Columns whose logits a pass over a block needs: `(c,)`, those of `eligible (batch, slots)` at least."""
         return np.flatnonzero(eligible.any(0))
 
     def score(self, state: State, ask: Ask, logits: Tensor, candidate: Tensor, confidence: Tensor) -> Tensor:
@@ -69,6 +71,8 @@ class Blockwise(Unmasking):
                 eligible = state.masked & np.array(active)[:, None]
                 if not self.looks_ahead:
                     eligible[:, high:] = False
+                if not self.looks_back:
+                    eligible[:, :low] = False
                 for b, stop in enumerate(state.stop_at):
                     if stop is not None:
                         eligible[b] &= state.numbers < stop
@@ -76,7 +80,7 @@ class Blockwise(Unmasking):
                     eligible,
                     [b[i] if b is not None and i < len(b) and on else 0 for b, on in zip(budgets, active, strict=True)],
                     active=active,
-                    columns=self.wanted(state, eligible),
+                    columns=self.wanted(state, eligible, (low, high)),
                     step=self.step(rule, block, i, ran),
                     window=(low, high),
                     block=block,

@@ -12,6 +12,7 @@ from torch import Tensor
 from probe.decoding import scores, select
 from probe.decoding.blocks import noisy_argmax
 from probe.decoding.policy import Ask, Change, Decision, Length, State, Unmasking
+from probe.decoding.propose import forbid
 from probe.decoding.rule import Rule
 from probe.errors import ProbeError
 from probe.registry import lengths, unmaskings
@@ -35,7 +36,8 @@ class DaedalLength(Length):
 
     Before the first step `factor` masks are appended per probing pass until the tail's end confidence reaches `enough`,
     then half of `tail` end tokens are set behind. While decoding, as long as it is below `enough_later`, the least
-    confident slot of the block below `low` that was not committed becomes `factor` masks. Up to `max_length` slots.
+    confident slot of the block below `low` that was not committed becomes `factor` masks. Up to `max_length` slots:
+    what an insertion pushes beyond falls off the end.
     """
 
     max_length: int = 2048
@@ -51,13 +53,14 @@ class DaedalLength(Length):
         assert eos is not None
         slots = state.slots - state.first
         sure = tail_confidence(logits[0], eos, self.tail)
+        room = max(0, self.max_length - slots)
         if ask.phase is Phase.PROBE:
-            state.memory["ready"] = sure >= self.enough or slots + self.factor > self.max_length
+            state.memory["ready"] = sure >= self.enough or not room
             if not state.memory["ready"]:
-                return Change(insert=((state.slots, self.factor),))
-            ends = self.tail // 2 if slots < self.max_length else 0
+                return Change(insert=((state.slots, min(self.factor, room)),))
+            ends = min(self.tail // 2, room)
             return Change(insert=((state.slots, ends),), fill={state.slots + i: eos for i in range(ends)})
-        if sure >= self.enough_later or slots + self.factor - 1 > self.max_length:
+        if sure >= self.enough_later or not room:
             return None
         left = torch.from_numpy(ask.eligible[0]).to(logits.device) & ~decision.commit[0]
         unsure = decision.confidence[0].masked_fill(~left, torch.inf)
@@ -65,7 +68,10 @@ class DaedalLength(Length):
         if not float(unsure[at]) < self.low:
             return None
         state.memory["grown"] = True
-        return Change(insert=((int(ask.columns[at]), self.factor - 1),))
+        column = int(ask.columns[at])
+        more = min(self.factor - 1, self.max_length - (column - state.first) - 1)
+        over = max(0, slots + more - self.max_length)  # what no longer fits falls off the end
+        return Change(insert=((column, more),), delete=tuple(range(state.slots - over, state.slots)))
 
 
 @unmaskings.register(name="daedal")
@@ -126,8 +132,12 @@ class Daedal(Unmasking):
     def decide(self, state: State, ask: Ask, logits: Tensor) -> Decision:
         """The sure ones, or the best."""
         candidate = noisy_argmax(state, logits)
+        eligible = torch.from_numpy(ask.eligible).to(logits.device)
+        if not (eligible & (candidate != state.rule.mask_id)).any():
+            logits = forbid(logits, [state.rule.mask_id])
+            candidate = logits.argmax(-1)
         sure = scores.confidence(logits.double().softmax(-1), candidate)
-        eligible = torch.from_numpy(ask.eligible).to(logits.device) & (candidate != state.rule.mask_id)
+        eligible = eligible & (candidate != state.rule.mask_id)
         commit = select.above(sure, eligible, self.tau)
         commit = torch.where(commit.any(1, keepdim=True), commit, select.top_k(sure, eligible, ask.counts))
         state.memory["chosen"] = bool(commit.any())

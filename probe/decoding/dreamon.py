@@ -23,7 +23,7 @@ from probe.registry import lengths, unmaskings
 class DreamOnLength(Length):
     """DreamOn: an expand token becomes two masks; an end token may be deleted, or spread to the masks on its right.
 
-    `max_length` slots at most; `expand` is the token's id.
+    `max_length` slots, and as many expansions, at most; `expand` is the token's id.
     """
 
     expand: int = 151667
@@ -32,17 +32,22 @@ class DreamOnLength(Length):
     eos_to_right: bool = False
 
     def after(self, state: State, ask: Ask, logits: Tensor, decision: Decision) -> Change | None:
-        """Two masks for every expand token; end tokens go if so set."""
-        grown = state.memory["expanded"]
-        delete = tuple(self._ends(state).tolist()) if self.delete_eos else ()
+        """Two masks for every expand token; new end tokens go if so set."""
+        grown: list[int] = state.memory["expanded"]
+        delete: tuple[int, ...] = ()
+        state.memory["grown"] = state.memory.get("grown", 0) + len(grown)
+        if self.delete_eos and state.written is not None:
+            delete = tuple(int(c) for c in self._ends(state) if state.written[0, c])
         return Change(insert=tuple((c, 1) for c in grown), delete=delete) if grown or delete else None
 
     def fill(self, state: State, ask: Ask, decision: Decision) -> dict[tuple[int, int], int]:
-        """Masks on the right of the first end token, if so set."""
+        """What was masked on the right of the first end token, if so set."""
         ends, eos = self._ends(state), state.rule.eos
         if not self.eos_to_right or not len(ends) or eos is None:
             return {}
-        return {(0, int(c)): eos for c in np.flatnonzero(state.masked[0]) if c > ends[0]}
+        behind = [int(c) for c in ask.columns[ask.eligible[0]] if c > ends[0]]
+        state.memory["expanded"] = [c for c in state.memory["expanded"] if c < ends[0]]
+        return {(0, c): eos for c in behind}
 
     def _ends(self, state: State) -> np.ndarray:
         return np.flatnonzero(state.tokens[0] == (-1 if state.rule.eos is None else state.rule.eos))
@@ -53,7 +58,7 @@ class DreamOnLength(Length):
 class DreamOn(Tempered):
     """DreamOn's decoder: `per_pass` tokens a pass, the surest first, until nothing is masked or the steps are used up.
 
-    Goes with `length: dreamon`. The expand token cannot be said once the answer has its full length.
+    Goes with `length: dreamon`. The expand token cannot be said while the answer has its full length.
     """
 
     per_pass: int = 1
@@ -82,7 +87,8 @@ class DreamOn(Tempered):
         length = state.rule.length
         assert isinstance(length, DreamOnLength)
         logits = logits.clone()
-        if state.slots - state.first >= length.max_length:
+        full = state.slots - state.first >= length.max_length
+        if full or state.memory.get("grown", 0) >= length.max_length:
             logits[..., length.expand] -= 1e9
         usual = super().decide(state, ask, logits)
         grow = usual.commit & (usual.candidate == length.expand)

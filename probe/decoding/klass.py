@@ -31,7 +31,7 @@ class Klass(EvenSteps):
     divergence: float = 0.01
     history: int = 2
 
-    def wanted(self, state: State, eligible: np.ndarray) -> np.ndarray:
+    def wanted(self, state: State, eligible: np.ndarray, window: tuple[int, int]) -> np.ndarray:
         """Every mask: later blocks are compared with the last pass of this one."""
         return np.flatnonzero(state.masked.any(0))
 

@@ -26,17 +26,16 @@ class PositionAware(EvenSteps):
     paper's `exp(-decay j) min(cap, -p ln f)`; `linear` blends the position with the calibrated score, scaled to 0..1.
     """
 
+    looks_back: ClassVar[bool] = False
     decay: float = 0.25
     cap: float = 10.0
     mix: Literal["product", "linear"] = "product"
     frequency: dict[int, float] = field(default_factory=dict)
     unseen: float = 1e-9
 
-    def wanted(self, state: State, eligible: np.ndarray) -> np.ndarray:
-        """The linear variant scales by all slots of the answer, filled ones included."""
-        if self.mix == "linear":
-            return np.arange(state.first, state.slots)
-        return super().wanted(state, eligible)
+    def wanted(self, state: State, eligible: np.ndarray, window: tuple[int, int]) -> np.ndarray:
+        """The linear variant scales by all slots of the block, filled ones included."""
+        return np.arange(*window) if self.mix == "linear" else super().wanted(state, eligible, window)
 
     def _frequency(self, candidate: Tensor, vocabulary: int) -> Tensor:
         table = torch.full((vocabulary,), self.unseen)

@@ -75,7 +75,7 @@ class Prophet(Llada):
     def _region(self, state: State) -> np.ndarray:
         return state.first + self.answer_start % state.rule.gen_length + np.arange(self.answer_length)
 
-    def wanted(self, state: State, eligible: np.ndarray) -> np.ndarray:
+    def wanted(self, state: State, eligible: np.ndarray, window: tuple[int, int]) -> np.ndarray:
         """Every mask, and the region."""
         return np.union1d(np.flatnonzero(state.masked.any(0)), self._region(state))
 
