@@ -68,3 +68,13 @@ class Llada(Confidence):
             kept[..., list(self.last)] = -torch.inf
             return scores.confidence(kept.double().softmax(-1), candidate)
         return super().score(state, ask, logits, candidate, confidence)
+
+
+@unmaskings.register(name="left_to_right")
+@dataclass(frozen=True, kw_only=True)
+class LeftToRight(EvenSteps):
+    """A fixed number of tokens per step, the leftmost masked slots first: the order of an autoregressive model."""
+
+    def score(self, state: State, ask: Ask, logits: Tensor, candidate: Tensor, confidence: Tensor) -> Tensor:
+        """Minus the column."""
+        return -torch.from_numpy(ask.columns).to(confidence).expand_as(confidence)
