@@ -89,6 +89,7 @@ class Looking:
         self._under_way: dict[Attended, _Gathering] = {}
         self._received: dict[Attended, tuple[_Gathering, Layout]] = {}
         self._each: set[Attended] = set()
+        self._spent = 0
         self._keys_wanted: set[int] = set()
         self._keys: dict[int, tuple[Tensor, Layout]] = {}
         self._reweight: dict[int, list[Reweight]] = {}
@@ -148,6 +149,7 @@ class Looking:
             scored = self._dims.at(layer).scored_rows(rows.shape[1], keys.width, key[2])
             averaged = self._dims.at(layer).averaged_rows(rows.shape[1], keys.width, key[2])
             flops += layout.batch * (self._streams * scored + averaged)
+        flops, self._spent = flops + self._spent, 0
         reweighting = self._reweighting(layer, layout, keys)
         again = sum(self._dims.at(layer).reweighted(r.rows.shape[1], keys.width) for r in reweighting)
         flops += layout.batch * self._streams * again
@@ -307,6 +309,7 @@ class Looking:
             uids = torch.tensor(text, dtype=torch.int64, device=layout.row.device)
             embeds = canvas.embeds[b]
             seen = embeds.index_select(0, canvas.layout.visual_rows[b])
+            self._spent += 2 * seen.shape[0] * len(text) * embeds.shape[1]
             chosen = raters(seen, embeds.index_select(0, canvas.layout.locate_in(b, uids)))
             chosen = chosen | ~chosen.any()
             rows.append(layout.locate_in(b, uids))

@@ -174,12 +174,19 @@ class SampleSource:
     def _rotary_received(self, params: Mapping[str, Any]) -> Tensor:
         """What the score's query rows would pay each token if all queries and keys were ones."""
         rows, weight = self._state.looking.query_rows(self._key(params)[1], self._layout, self._b)
-        position = self._layout.position[self._b]
-        cos, sin = self._state.kit.backbone.rotary(self._hidden[:1], position[None])
-        keys = position if self._alive is self._layout else self._alive.position[self._b]
-        cos_k, sin_k = self._state.kit.backbone.rotary(self._hidden[:1], keys[None])
+        rotary = self._state.kit.backbone.rotary
+        cos, sin = rotary(self._hidden[:1], self._layout.position[self._b][None])
+        alive = self._alive
+        real = alive.row[self._b] >= 0
+        if alive.hidden_key is not None:
+            real = real & ~alive.hidden_key[self._b]
+        columns = real.nonzero()[:, 0]
+        cos_k, sin_k = rotary(self._hidden[:1], alive.position[self._b][columns][None])
         seen = ones_attention(cos[0][rows], sin[0][rows], cos_k[0], sin_k[0])
-        return (weight @ seen).index_select(0, self._alive.visual_rows[self._b])
+        self.spend(2 * rows.shape[0] * columns.shape[0] * (cos.shape[-1] + 1))
+        order = torch.arange(columns.shape[0], device=columns.device)
+        place = torch.zeros_like(real, dtype=torch.int64).index_copy(0, columns, order)
+        return (weight @ seen).index_select(0, place[alive.visual_rows[self._b]])
 
     def _keys(self, params: Mapping[str, Any]) -> Tensor:
         assert self._probe.layer is not None
