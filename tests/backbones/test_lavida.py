@@ -66,7 +66,7 @@ def test_a_published_folder_loads(folder, kind):
     assert model.facts == facts_of(folder)
     assert model.facts == ModelFacts(str(folder), 2, 4, 32, LENGTH[kind], 2)
     assert model.special == SpecialIds(*(257 + ADDED[kind].index(t) for t in special_tokens(kind)), ())
-    assert model.defaults.cache == "prefix"
+    assert model.defaults.cache == {"prefix": {}}
     assert list(model.defaults.unmask) == [{"dream": "dream", "llada": "lavida_llada"}[kind]]
     assert model.defaults.stop == ()
     assert not any(t.is_meta or t.requires_grad for t in [*model.parameters(), *model.buffers()])
@@ -332,7 +332,8 @@ def test_modules_for_hooks(folder):
     model = load(folder)
     assert len(model.layers) == len(model.encoder_layers) == 2
     for modules in (*model.layers, *model.encoder_layers):
-        assert all(m in set(modules.layer.modules()) for m in vars(modules).values())
+        named = (modules.attention, modules.pre_attention_norm, modules.pre_mlp_norm, modules.mlp)
+        assert all(module in set(modules.layer.modules()) for module in named)
     first = model.layers[0]
     seen = []
     for module in (first.pre_attention_norm, first.attention, first.pre_mlp_norm, first.mlp):
