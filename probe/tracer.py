@@ -97,8 +97,8 @@ class Tracer:
             kit.ledger.keep_columns()
         state.flops["head"] = kit.dims.head(rows.numel())
         self.flops.append(state.flops)
-        own = request.canvas.layout
-        return PassResult(logits, state.canvas_after, own.length, own.locate(request.rows))
+        drawn_over = request.canvas.layout if request.work.prompt == "all" else self._computed
+        return PassResult(logits, state.canvas_after, drawn_over.length, drawn_over.locate(request.rows))
 
     def observe(self, step: Step) -> None:
         """The loop has decided: what conditions wait for."""
@@ -130,6 +130,7 @@ class Tracer:
 
     def _run(self, state: PassState, probes: list[BoundProbe], request: Pass) -> Tensor:
         inputs = state.model_inputs()
+        self._computed = state.layout
         self.rows.append(state.layout.length)
         code = [c for c in self.code_probes if c.fires(request.clock)]
         with ExitStack() as stack:

@@ -153,7 +153,7 @@ def write_checkpoint(
     generator = torch.Generator().manual_seed(len(kind))
     weights = {}
     for name, like in shapes.items():
-        value = torch.randn(like.shape, generator=generator) * (0.02 if "embed" in name else 0.15)
+        value = torch.randn(like.shape, generator=generator) * (1.0 if "embed" in name else 0.3)
         weights[Lavida.published_name(name, config)] = value + ("norm" in name and "weight" in name)
     keys = sorted(weights)
     files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]

@@ -23,9 +23,9 @@ from probe.tracer import Tracer
 HEADER = "schema: 1\nname: test\nprobes:\n"
 NOTHING = "- {at: {site: logits}, record: [confidence]}\n"
 # edits that a prefix cache can carry out: their rows stand in the prefill, or they look from the answer
-PREFILLED = [
-    n for n in EDITS if n not in ("output", "progressive", "between_compact_for_good", "between", "divprune_hidden")
-]
+PREFILLED = [n for n in EDITS if n != "progressive"]
+# looks from the question when the prompt has long been computed: a prefix cache refuses it, Dimple's computes it anew
+LATE = "sparsevlm_for_good"
 
 
 @torch.inference_mode()
