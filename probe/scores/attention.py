@@ -46,7 +46,7 @@ def _reads(params: Mapping[str, Any]) -> Collection[str]:
     return names
 
 
-@scores.register(reads=_reads)
+@scores.register(reads=_reads, quiet=("reduce", "correct", "projected"))
 def attention(
     received: Tensor,
     n_queries: int | None = None,
