@@ -122,11 +122,12 @@ class Looking:
             if name in ("keys", "text_keys"):
                 self._keys_wanted.add(layer)
             elif name in ("received", "attended", "n_queries") and not params.get("projected"):
-                key = attended(layer, params)
-                self._wanted.setdefault(layer, set()).add(key)
-                self._scored.add(key)
-                if name == "attended":
-                    self._each.add(key)
+                for at in range(layer + 1) if params.get("layers") == "so_far" else [layer]:
+                    key = attended(at, params)
+                    self._wanted.setdefault(at, set()).add(key)
+                    self._scored.add(key)
+                    if name == "attended":
+                        self._each.add(key)
 
     def timed(self) -> AbstractContextManager[None]:
         """Time spent inside belongs to the probes."""

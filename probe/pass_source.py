@@ -13,7 +13,7 @@ from probe.errors import ProbeError
 from probe.looking import attended
 from probe.project import projected_attention
 from probe.scores.rotary import ones_attention
-from probe.site import Role
+from probe.site import Role, Site
 from probe.surgery import Layout
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class SampleSource:
         simple = {
             "n": self.n,
             "original": self._state.canvas.n_visual_at_start[self._b],
-            "progress": self._state.clock.progress,
+            "progress": self._progress(),
             "layer_index": -1 if self._probe.layer is None else self._probe.layer,
         }
         if name in simple:
@@ -64,6 +64,11 @@ class SampleSource:
         if maker is None:
             raise ProbeError(f"{self._at()}: `{name}` is not to be had in the language model")
         return maker(params)
+
+    def _progress(self) -> float:
+        """Steps that are done when a choice takes effect, over nominal steps: at `final` this one is among them."""
+        clock = self._state.clock
+        return (clock.step + (self._probe.site is Site.FINAL)) / clock.nominal_steps
 
     def _at(self) -> str:
         return f"probe `{self._probe.name}` ({self._probe.place}) at step {self._state.clock.step}"
@@ -147,9 +152,13 @@ class SampleSource:
     def _received(self, params: Mapping[str, Any]) -> Tensor:
         if params.get("projected"):
             return self._projected(params)
-        return self._state.looking.received(self._key(params), self._b, self._uids, self._probe.name)
+        layer, queries, form = self._key(params)
+        layers = range(layer + 1) if params.get("layers") == "so_far" else [layer]
+        looking, name = self._state.looking, self._probe.name
+        seen = [looking.received((at, queries, form), self._b, self._uids, name) for at in layers]
+        return seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
 
-    def _projected(self, params: Mapping[str, Any]) -> Tensor:
+    def _attended(self, params: Mapping[str, Any]) -> Tensor:
         """Attention of a layer that has not run yet: its norm and projections, applied to the rows that matter."""
         state, layer = self._state, self._probe.layer
         assert layer is not None and state.rope is not None
