@@ -158,24 +158,17 @@ _LOWEST = torch.finfo(torch.float32).min / 2
 
 
 def _reweight(
-    output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    reweighting: Sequence[Reweighting],
+    again: Callable[[Tensor, Tensor], Tensor], output: Tensor, query: Tensor, mask: Tensor | None, asked: _Asked
 ) -> Tensor:
-    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew."""
-    group = query.shape[1] // key.shape[1]
-    keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    for one in reweighting:
+    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew.
+
+    `again(query, mask)` is the kernel over the same keys and values.
+    """
+    for one in asked.reweighting:
         at = one.rows[:, None, :, None]
         chosen = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
-        bias = _with_bias(mask, one.rows, reweighting).to(query.dtype)
-        again = torch.nn.functional.scaled_dot_product_attention(chosen, keys, values, attn_mask=bias, scale=scaling)
-        again = again.transpose(1, 2)
-        output = output.scatter(1, one.rows[:, :, None, None].expand_as(again), again)
+        fresh = again(chosen, _with_bias(mask, one.rows, asked.reweighting).to(query.dtype))
+        output = output.scatter(1, one.rows[:, :, None, None].expand_as(fresh), fresh)
     return output
 
 
@@ -221,7 +214,11 @@ def _beside(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[...
             _answer_requests(asked, module, query, key, attention_mask, scaling)
         output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         if asked is not None and asked.reweighting:
-            output = _reweight(output, query, key, value, attention_mask, scaling, asked.reweighting)
+
+            def again(rows: Tensor, mask: Tensor) -> Tensor:
+                return kernel(module, rows, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
+
+            output = _reweight(again, output, query, attention_mask, asked)
         return output, weights
 
     return attend
