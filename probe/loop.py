@@ -39,9 +39,10 @@ class Pass:
 
     `rows (batch, c)` int64 are the canvas rows (numbered when they were made) of the slots whose logits are needed, and
     `previous` the rows before them (-1 where this pass does not compute it), for models whose row predicts the next
-    slot. `masked[b]` and `filled[b]` (host) are the rows of masked and of written slots, `predicting[b]` the rows before
-    masked slots, whether those are computed themselves, stored, or not in the sequence yet. Under guidance (`guided`) a
-    second stream runs on `canvas.unconditional(mask embedding)`; its logits follow the first stream's along the batch.
+    slot. `masked[b]` and `filled[b]` (host) are the rows of masked and of written slots, `predicting[b]` the rows
+    before masked slots, whether those are computed themselves, stored, or not in the sequence yet. Under guidance
+    (`guided`) a second stream runs on `canvas.unconditional(mask embedding)`; its logits follow the first stream's
+    along the batch.
     `tail (batch, t)` are the places, behind the prompt, of slots and suffix that this pass computes.
     """
 

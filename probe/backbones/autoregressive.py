@@ -171,7 +171,9 @@ class Autoregressive(Backbone):
 
     @torch.no_grad()
     def assemble(self, question: str, features: Features | None, *, think: bool = False) -> Prompt:
-        """The chat template, visual tokens and question as one sequence. There is no thinking switch."""
+        """The chat template, visual tokens and question as one sequence."""
+        if think:
+            raise ProbeError(f"{self.source} has no thinking switch; leave `think` out")
         layouts = cast(Sequence[Any], features.layout) if features else ()
         ids = self.prompt_ids(question, len(layouts))
         position = self.positions(ids, layouts)

@@ -350,8 +350,10 @@ def test_half_precision(pair: Pair) -> None:
     assert model.head(run_lm(model, prompt)).dtype == torch.float32
 
 
-def test_a_clip_is_refused_with_what_to_do_instead(pair: Pair) -> None:
+def test_what_a_model_lacks_is_said(pair: Pair) -> None:
     with pytest.raises(ProbeError, match="takes no clips"):
         pair.model.encode_video([picture(SIZES[0])] * 2)
+    with pytest.raises(ProbeError, match="no thinking switch"):
+        pair.model.encode([], "Who?", think=True)
     with pytest.raises(ProbeError, match="no picture to encode"):
         pair.model.encode_images([])
