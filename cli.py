@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -56,8 +56,12 @@ def run(
     data: Annotated[
         str | None, typer.Option(help="A task (see `probe backbones`) or a JSONL file of your own.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="One picture of your own, with --ask.")] = None,
-    ask: Annotated[str | None, typer.Option(help="The question about --image.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture of your own, with --ask; give it again for more pictures.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="A video file, or a folder of frames, with --ask.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="How many frames of --video, evenly spread.")] = 32,
+    ask: Annotated[str | None, typer.Option(help="The question about --image or --video.")] = None,
     sets: SetOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice; default: the recipe's.")] = None,
@@ -79,14 +83,16 @@ def run(
     from probe.runner import run as run_recipe
 
     code = load_plugins(plugin or [])
-    loaded = _load(recipe, sets, backbone=backbone, data=data, own_samples=image is not None or data is not None)
+    loaded = _load(recipe, sets, backbone=backbone, data=data, own_samples=bool(image or video or data))
     samples = None
-    if (image is None) != (ask is None):
-        raise ProbeError("--image and --ask belong together: a picture, and the question about it")
-    if image is not None and ask is not None:
-        from probe.data import from_image
+    if bool(image or video) != (ask is not None):
+        raise ProbeError("--image (or --video) and --ask belong together: what is seen, and the question about it")
+    if image and video:
+        raise ProbeError("--image and --video cannot stand together; give one of them")
+    if ask is not None:
+        from probe.data import from_images, from_video
 
-        samples = [from_image(image, ask)]
+        samples = [from_images(image, ask) if image else from_video(cast(Path, video), ask, frames)]
     with _Display(loaded.name) as display:
         result = run_recipe(
             loaded,
@@ -145,12 +151,13 @@ def recipes() -> None:
 @app.command()
 def backbones() -> None:
     """List the backbones by name, and the tasks that come with the project."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from probe.backbones import known_backbones
     from probe.data import tasks
 
-    table = Table("backbone", "layers", "width", "vocabulary", "what it is", box=None, pad_edge=False)
+    name = Column("backbone", no_wrap=True)
+    table = Table(name, "layers", "width", "vocabulary", "what it is", box=None, pad_edge=False)
     for info in known_backbones():
         table.add_row(info.name, str(info.layers), str(info.width), str(info.vocabulary), info.about)
     out.print(table)

@@ -81,7 +81,7 @@ ALWAYS: tuple[Variable, ...] = (
     ),
     Variable(
         "visual_box", ("visual", "corner"), "1",
-        "what the token sees: x0, y0, x1, y1 as shares of its picture",
+        "what the token sees: x0, y0, x1, y1 as shares of the stored picture",
         "(x0 / width, y0 / height, x1 / width, y1 / height)",
     ),
     Variable(

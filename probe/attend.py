@@ -172,6 +172,17 @@ def _reweight(
     return output
 
 
+def written_out(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask, and where there is none but the module is causal, the one that kernels take for granted then.
+
+    `(batch, 1, length, key)` bool, a view of one square: a row sees no key behind its own place.
+    """
+    if mask is not None or query.shape[2] == 1 or not getattr(module, "is_causal", False):
+        return mask
+    square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return square.expand(query.shape[0], 1, *square.shape)
+
+
 def eager_attention(
     module: nn.Module,
     query: Tensor,
@@ -186,6 +197,7 @@ def eager_attention(
 
     Shapes as in transformers: `query (batch, head, length, size)`; returns `(batch, length, head, size)` and the map.
     """
+    attention_mask = written_out(module, query, key, attention_mask)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     logits = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -209,16 +221,19 @@ def _beside(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[...
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if attention_mask is not None and attention_mask.numel() == 1 == query.shape[2]:
+            attention_mask = None  # one value for all keys hides none of them, and kernels are faster without a mask
         asked: _Asked | None = module.__dict__.get(_SLOT)
+        seen = attention_mask if asked is None else written_out(module, query, key, attention_mask)
         if asked is not None:
-            _answer_requests(asked, module, query, key, attention_mask, scaling)
+            _answer_requests(asked, module, query, key, seen, scaling)
         output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         if asked is not None and asked.reweighting:
 
             def again(rows: Tensor, mask: Tensor) -> Tensor:
                 return kernel(module, rows, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
 
-            output = _reweight(again, output, query, attention_mask, asked)
+            output = _reweight(again, output, query, seen, asked)
         return output, weights
 
     return attend

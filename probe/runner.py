@@ -18,8 +18,9 @@ import torch
 from probe import data
 from probe.assemble import StepLogits
 from probe.backbones import load
-from probe.backbones.base import Backbone
+from probe.backbones.base import Backbone, Features
 from probe.compile import ProbeTable, Record, compile_recipe
+from probe.data.pictures import on_sheet
 from probe.errors import ProbeError
 from probe.generate import Generated, OnStep, generate
 from probe.generation import rule_for
@@ -145,7 +146,7 @@ def run(
     if opening is None:
         raise ProbeError(f"there are no samples in {recipe.data.source}")
     if isinstance(opening, data.Sample):
-        rule_for(backbone, recipe, opening.generate, pictures=bool(opening.images))
+        rule_for(backbone, recipe, opening.generate, pictures=bool(opening.pictures))
     source = chain([opening], source)
     folder = output_folder(recipe.name, out, resume=resume)
 
@@ -255,12 +256,12 @@ def _one_sample(
     """All sides of one sample; pictures are encoded once, and each side is charged for it."""
     watch = Stopwatch(next(backbone.parameters()).device)
     with watch.section("encode"):
-        features = backbone.encode_images(sample.images) if sample.images else None
+        features = _encoded(backbone, sample)
     encode_flops = backbone.encode_flops(features) if features is not None else 0.0
     spent = sum(watch.drain().values())
     recipe = sides[0].recipe
     prompt = backbone.assemble(sample.question, features, think=bool(recipe.generate.think))
-    rule = rule_for(backbone, recipe, sample.generate, pictures=bool(sample.images))
+    rule = rule_for(backbone, recipe, sample.generate, pictures=bool(sample.pictures))
     keeps_signals = recipe.trace.samples == "all" or number < int(recipe.trace.samples)
 
     def on_step(side: _Side) -> OnStep:
@@ -298,9 +299,19 @@ def _one_sample(
         unrecorded(sides[0])  # the first run of all pays for what libraries do once
     turns = list(sides if compares or number % 2 == 0 else sides[::-1])
     results = {side.path: recorded(side) for side in turns}
+    if len(sample.pictures) > 1:
+        box = on_sheet(prompt.box.cpu().numpy(), prompt.picture.cpu().numpy(), [p.size for p in sample.pictures])
+        results = {path: replace(r, arrays=r.arrays | {"visual_box": box}) for path, r in results.items()}
     again = turns if timed else []
     clean = {side.path: unrecorded(side) for side in again} if recording else results
     return [_charged(side, results[side.path], clean.get(side.path), spent, encode_flops, number) for side in sides]
+
+
+def _encoded(backbone: Backbone, sample: data.Sample) -> Features | None:
+    """What the encoder makes of a clip, or of pictures; None when there is nothing to see."""
+    if sample.frames:
+        return backbone.encode_video(sample.frames)
+    return backbone.encode_images(sample.images) if sample.images else None
 
 
 def _charged(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from probe.backbones.rows import Rows
 from probe.cost import DecoderDims, decoder_dims
+from probe.errors import ProbeError
 from probe.site import ModelFacts
 
 
@@ -192,6 +193,10 @@ class Backbone(ABC, nn.Module):
     @abstractmethod
     def encode_images(self, images: Sequence[Image.Image]) -> Features:
         """Preprocess, encode and project the pictures of one sample. The costly half of `encode`."""
+
+    def encode_video(self, frames: Sequence[Image.Image]) -> Features:
+        """Likewise, the frames of one clip, which has one place in the prompt. Raises where a model takes no clips."""
+        raise ProbeError(f"{self.source} takes no clips; give the frames as pictures (`images`)")
 
     @abstractmethod
     def encode_flops(self, features: Features) -> float:

@@ -70,7 +70,7 @@ EXACTLY: dict[str, set[str]] = {
     "signals": {"attend", "registry", "site"},
     "loop": {"canvas", "decoding", "errors", "site"},
     "canvas": {"backbones.base", "site", "surgery"},
-    "backbones.base": {"backbones.rows", "cost", "site"},
+    "backbones.base": {"backbones.rows", "cost", "errors", "site"},
     "backbones.rows": set(),
     "decoding.schedule": {"errors"},
     "decoding.renoise": set(),
@@ -135,6 +135,7 @@ def test_each_library_has_its_place() -> None:
     assert users("nnsight") == {"probe_code"}
     assert users("yaml") == {"recipe_yaml"}
     assert users("typer") == {"cli"}
+    assert users("av") == {"data.video"}
     assert all(n == "attend" or n.startswith(("backbones.", "zoo.")) for n in users("transformers"))
 
 
