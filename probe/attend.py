@@ -43,9 +43,19 @@ class RowRequest:
     receive: Callable[[Tensor, int], None]
 
 
+@dataclass(frozen=True)
+class KeyRequest:
+    """The keys of one layer in the forward that is about to run, as attention meets them (after rotary).
+
+    `receive(keys)` is called once with `(batch, kv head, key, size)`.
+    """
+
+    receive: Callable[[Tensor], None]
+
+
 def ask(
     attention: nn.Module,
-    requests: Sequence[RowRequest],
+    requests: Sequence[RowRequest | KeyRequest],
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Have an attention module answer `requests` in every forward until `forget`, inside `timed()`."""
@@ -91,6 +101,9 @@ def _answer_requests(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor
     requests, timed = module.__dict__[_SLOT]
     with timed():
         for request in requests:
+            if isinstance(request, KeyRequest):
+                request.receive(key)
+                continue
             for first in range(0, request.rows.shape[1], CHUNK):
                 rows = request.rows[:, first : first + CHUNK]
                 request.receive(attention_rows(query, key, rows, mask, scale, request.form), first)

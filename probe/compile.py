@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from probe.compile_call import Call, bind, layer_error
+from probe.compile_encoder import check_edit, check_encoder, check_written, looking_error
 from probe.errors import ProbeError
 from probe.recipe import Part, ProbeSpec, Recipe
 from probe.recipe_at import Layers, Steps
@@ -41,7 +42,11 @@ class Record:
 
 @dataclass(frozen=True)
 class BoundProbe:
-    """One probe of a recipe at one layer of a model. `place` is where the recipe says so: `file:line:column`."""
+    """One probe of a recipe at one layer of a model. `place` is where the recipe says so: `file:line:column`.
+
+    At sites of the image encoder `layer` is one of the encoder's, `views` says which views the probe sees, and `group`
+    whether each view or each whole picture is decided on its own.
+    """
 
     name: str
     site: Site
@@ -51,6 +56,8 @@ class BoundProbe:
     steps: Steps
     place: str
     line: int | None
+    views: str = "all"
+    group: str = "view"
 
     def fires(self, clock: Clock) -> bool:
         """Whether the probe acts in a pass of this step."""
@@ -67,11 +74,16 @@ class ProbeTable:
     )
 
     def at(self, clock: Clock) -> tuple[BoundProbe, ...]:
-        """The probes that fire at the clock's step, in the recipe's order."""
+        """The probes that fire in the language model at the clock's step, in the recipe's order."""
         key = (clock.step, clock.nominal_steps)
         if key not in self._by_step:
-            self._by_step[key] = tuple(p for p in self.probes if p.fires(clock))
+            self._by_step[key] = tuple(p for p in self.probes if not p.site.in_encoder and p.fires(clock))
         return self._by_step[key]
+
+    @property
+    def encoder(self) -> tuple[BoundProbe, ...]:
+        """The probes that act while pictures are encoded, once per sample, in the recipe's order."""
+        return tuple(p for p in self.probes if p.site.in_encoder)
 
     @property
     def edits(self) -> tuple[BoundProbe, ...]:
@@ -126,6 +138,8 @@ class _Compiler:
         return self.recipe.fault(self.path + path, words)
 
     def probes(self) -> list[BoundProbe]:
+        if self.site.in_encoder:
+            check_encoder(self.spec, self.facts, self.fail)
         layers = self.layers()
         edits: list[Edit | None] = [None] * len(layers)
         records: list[tuple[Record, ...]] = [()] * len(layers)
@@ -136,7 +150,17 @@ class _Compiler:
             edits = list(self.edits(layers))
         at = (self.recipe.place(self.path), self.recipe.line(self.path))
         return [
-            BoundProbe(self.spec.name, self.site, layer, edit, record, self.spec.at.steps, *at)
+            BoundProbe(
+                self.spec.name,
+                self.site,
+                layer,
+                edit,
+                record,
+                self.spec.at.steps,
+                *at,
+                views=self.spec.at.views,
+                group=self.spec.at.group,
+            )
             for layer, edit, record in zip(layers, edits, records, strict=True)
         ]
 
@@ -145,8 +169,11 @@ class _Compiler:
         if where is None:
             return (None,)
         key = "layer" if self.spec.at.layer is not None else "layers"
+        have, owner = self.facts.layers, self.facts.name
+        if self.site.in_encoder:
+            have, owner = self.facts.encoder_layers, f"the encoder of {owner}"
         try:
-            return where.resolve(self.facts.layers, self.facts.name)
+            return where.resolve(have, owner)
         except Wrong as error:
             inside = error.path if key == "layers" else ()
             raise self.fail(str(error), "at", key, *inside) from None
@@ -211,6 +238,8 @@ class _Compiler:
             scores = list(self.call(score, spec.score, n, "score"))
         for layer, given, select, do in zip(layers, scores, selects, dos, strict=True):
             self.check_score(select.entry, given)
+            if self.site.in_encoder:
+                check_edit(self.site, layer, self.facts, given, select, do, self.fail)
             self.check_duration(do)
             if given is not None:
                 self.check_attention(layer, given)
@@ -238,6 +267,9 @@ class _Compiler:
                 )
 
     def check_attention(self, layer: int | None, score: Call) -> None:
+        if self.site.in_encoder:
+            self.check_looking(layer, score)
+            return
         if not {"attention", "received"} & set(score.entry.needs):
             return
         for params in score.variants:
@@ -246,7 +278,22 @@ class _Compiler:
                 path = ("layer",) if "layer" in (self.spec.score.params if self.spec.score else {}) else ()
                 raise self.fail(words, "score", score.entry.name, *path)
 
+    def check_looking(self, layer: int | None, score: Call) -> None:
+        """In the encoder, attention and keys belong to a layer that has run; behind the layers it must be named."""
+        if not {"received", "keys"} & set(score.entry.needs):
+            return
+        written = self.spec.score.params if self.spec.score else {}
+        if layer is None and "received" in score.entry.needs and "layer" not in written:
+            raise self.fail("name the encoder layer whose attention counts: `layer: -1` is the last one", "score")
+        for params in score.variants:
+            if words := looking_error(layer, self.facts, params, attends="received" in score.entry.needs):
+                key = next((k for k in ("queries", "layer") if k in written), None)
+                raise self.fail(words, "score", score.entry.name, *([key] if key else []))
+
     def check_duration(self, do: Call) -> None:
+        if self.site.in_encoder:
+            check_written(self.spec.do.params if self.spec.do else {}, self.fail, do.entry.name)
+            return
         if self.site is Site.FINAL and any(p.get("lasts", "generation") == "forward" for p in do.variants):
             raise self.fail(
                 "at `final` the step is over, so it can only change the next ones: set `lasts: generation`",

@@ -25,7 +25,7 @@ from probe.attend import KERNELS
 from probe.backbones import llada_v_config as names
 from probe.backbones import prompt as text
 from probe.backbones.anyres import Geometry, Tiling
-from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds
+from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds, Views
 from probe.backbones.checkpoint import Checkpoint, Shape, Tensors, check_names, choose_dtype
 from probe.backbones.layout import Cells, Clip, Layout, Plain, Tiled
 from probe.backbones.llada_v_modules import (
@@ -39,9 +39,10 @@ from probe.backbones.llada_v_modules import (
     siglip_config,
 )
 from probe.backbones.pixels import frame_views, padded_views, tiled_views
+from probe.backbones.pruned import join, pruned_prompt, views_of
 from probe.backbones.splice import splice
 from probe.backbones.tokens import Tokenizer, load_tokenizer, special_ids
-from probe.cost import encoder_dims
+from probe.cost import EncoderDims, encoder_dims
 from probe.errors import ProbeError
 from probe.site import ModelFacts, Role
 
@@ -189,6 +190,11 @@ class LladaV(Backbone):
         """The encoder's layers in use; none without an encoder."""
         return self._encoder_layers
 
+    @property
+    def projector(self) -> nn.Module | None:
+        """The projector; none without an encoder."""
+        return None if self.vision_tower is None else self.mm_projector
+
     def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """`(cos, sin)`, each `(batch, length, head size)`, angles computed in float32."""
         cos, sin = self.model.rotary_emb(hidden, position)
@@ -216,14 +222,22 @@ class LladaV(Backbone):
 
     def encode_images(self, images: Sequence[Image.Image]) -> Features:
         """One picture as a base view and tiles; several as one padded square each, as published."""
+        layouts = self._layouts(images)
+        if isinstance(layouts[0], Tiled):
+            return Features(self.encode_views(tiled_views(images[0], layouts[0].tiling)), layouts)
+        return Features(self.encode_views(padded_views(images, self._geometry().tile)), layouts)
+
+    def _layouts(self, images: Sequence[Image.Image]) -> tuple[Layout, ...]:
         geometry = self._geometry()
         if not images:
             raise ProbeError("no picture to encode; leave the features out for a question without pictures")
         if len(images) == 1 and geometry.pinpoints:
-            tiling = Tiling(geometry, *images[0].size)
-            return Features(self.encode_views(tiled_views(images[0], tiling)), (Tiled(tiling),))
-        plain = tuple(Plain(geometry, *image.size) for image in images)
-        return Features(self.encode_views(padded_views(images, geometry.tile)), plain)
+            return (Tiled(Tiling(geometry, *images[0].size)),)
+        return tuple(Plain(geometry, *image.size) for image in images)
+
+    def views(self, images: Sequence[Image.Image]) -> Views:
+        """A base view and tiles of one picture, or one padded square for each of several."""
+        return views_of(self._layouts(images))
 
     def encode_video(self, frames: Sequence[Image.Image]) -> Features:
         """Frames of one clip, pooled by two, separated as the config says; one place in the question."""
@@ -235,8 +249,12 @@ class LladaV(Backbone):
 
     def encode_flops(self, features: Features) -> float:
         """Patch embedding, the kept layers and the projector, for every view."""
-        dims = encoder_dims(self._tower().config, self.facts.width)
-        return float(dims.encode(features.projected.shape[0]))
+        return float(self.encoder_cost.encode(features.projected.shape[0]))
+
+    @property
+    def encoder_cost(self) -> EncoderDims:
+        """Sizes of the kept layers of SigLIP and of the projector."""
+        return encoder_dims(self._tower().config, self.facts.width)
 
     @torch.no_grad()
     def lay_out(self, features: Features) -> tuple[list[Tensor], Cells]:
@@ -268,8 +286,13 @@ class LladaV(Backbone):
     @torch.no_grad()
     def with_pictures(self, ids: Sequence[int], features: Features) -> Prompt:
         """A sequence from ids in which `splice.IMAGE` stands for each picture."""
-        tokens, cells = self.lay_out(features)
         row = torch.tensor([list(ids)], device=self.device)
+        if features.survivors is not None:
+            joined = join(features)
+            done = splice(row, None, joined.tokens, self.embed, limit=self.max_length)
+            count = sum(layout.count for layout in cast(Sequence[Layout], features.layout))
+            return pruned_prompt(done, features, joined, ids, count)
+        tokens, cells = self.lay_out(features)
         done = splice(row, None, tokens, self.embed, limit=self.max_length)
         used = done.visual[0]
         where = used >= 0

@@ -151,6 +151,7 @@ def _facts(name: str, config: Mapping[str, Any], vocabulary: int, vision: Mappin
             width=int(config["hidden_size"]),
             vocabulary=vocabulary,
             encoder_layers=int(vision["num_hidden_layers"]) - 1 if vision else 0,
+            patches=(int(vision["image_size"]) // int(vision["patch_size"])) ** 2 if vision else 0,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ProbeError(f"the config of {name} lacks a usable {error}") from error
