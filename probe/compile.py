@@ -211,6 +211,10 @@ class _Compiler:
                 where = " or ".join(f"`{s}`" for s in sites)
                 raise self.fail(f"`{part.name}` is recorded at {where}, not at `{self.site}`", "record", j)
             (call,) = self.call(entry, part, 1, "record", j, varies=False)
+            if self.site is Site.ENCODER_LAYER_ATTENTION and (
+                fault := looking_error(0, self.facts, call.variants[0], attends=True)
+            ):
+                raise self.fail(fault[1], "record", j, part.name, fault[0])
             found.append(Record(call, part.variable))
         return tuple(found)
 
@@ -283,11 +287,11 @@ class _Compiler:
         if not {"received", "keys"} & set(score.entry.needs):
             return
         written = self.spec.score.params if self.spec.score else {}
-        if layer is None and "received" in score.entry.needs and "layer" not in written:
-            raise self.fail("name the encoder layer whose attention counts: `layer: -1` is the last one", "score")
         for params in score.variants:
-            if words := looking_error(layer, self.facts, params, attends="received" in score.entry.needs):
-                key = next((k for k in ("queries", "layer") if k in written), None)
+            if fault := looking_error(layer, self.facts, params, attends="received" in score.entry.needs):
+                key, words = fault
+                if key not in written:
+                    key, words = "", f"`{key}`: {words}"
                 raise self.fail(words, "score", score.entry.name, *([key] if key else []))
 
     def check_duration(self, do: Call) -> None:

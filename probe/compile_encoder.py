@@ -1,7 +1,7 @@
 """What a recipe may ask of the image encoder: checked when it is compiled, with the reason where a model cannot.
 
 Pictures are encoded once, before the first denoising step, and view by view. So there are no steps to choose from,
-nothing comes back later, patches have no rotary positions, and no question or answer position can be the one that looks.
+nothing comes back later, patches have no rotary positions, and no position of the question or the answer can look.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def check_edit(
             continue
         if not call.constant:
             raise fail("a schedule over the steps cannot act in the encoder, which runs before them", part)
-        if "embedding" in call.entry.needs or call.variants[0].get("space") == "embedding":
+        if "embedding" in call.entry.needs and call.variants[0].get("space", "embedding") == "embedding":
             raise fail(
                 "embeddings of the language model do not exist yet in the encoder; use `space: hidden`",
                 *(part, call.entry.name),
@@ -100,34 +100,35 @@ def check_written(params: Mapping[str, Any], fail: Fail, name: str) -> None:
         if option in params:
             raise fail(f"has no meaning in the encoder: {why}", "do", name, option)
     if params.get("lasts", "generation") != "generation":
-        raise fail(
-            "what the encoder loses is lost for the whole generation; leave `lasts` out", *("do", name, "lasts")
-        )
+        raise fail("what the encoder loses is lost for the whole generation; leave `lasts` out", *("do", name, "lasts"))
 
 
-def looking_error(layer: int | None, facts: ModelFacts, params: Mapping[str, Any], *, attends: bool) -> str | None:
-    """Why the attention or the keys that a score's parameters name cannot be had in the encoder; None when they can.
+def looking_error(
+    layer: int | None, facts: ModelFacts, params: Mapping[str, Any], *, attends: bool
+) -> tuple[str, str] | None:
+    """Why the attention or the keys that a part's parameters name cannot be had in the encoder; None when they can.
 
-    Inside the layers a score's `layer` is relative to the probe's own; behind them it counts the encoder's layers, from
-    the end if negative.
+    The first is the parameter at fault. A score's `layer` is relative to the probe's own; behind the layers that is the
+    last one.
     """
     queries = str(params.get("queries", "all"))
     if attends and queries not in LOOKING:
-        return (
-            f"`queries: {queries}` looks from the language model's sequence; in the encoder the class token (`cls`), "
-            "the patches (`visual`) or all rows (`all`) can look"
+        return "queries", (
+            f"`{queries}` looks from the language model's sequence; in the encoder the class token (`cls`), the "
+            "patches (`visual`) or all rows (`all`) can look"
         )
     if attends and queries == "cls" and not facts.class_token:
-        return f"the encoder of {facts.name} has no class token; `queries: all` averages over the patches instead"
-    named, layers = params.get("layer", 0), facts.encoder_layers
+        return "queries", (
+            f"the encoder of {facts.name} has no class token; `queries: all` averages over the patches instead"
+        )
+    named = params.get("layer", 0)
     if not isinstance(named, int):
         return None
-    if layer is None:
-        if -layers <= named < layers:
-            return None
-        return f"there is no encoder layer {named}: the encoder of {facts.name} has layers 0..{layers - 1}"
+    own = facts.encoder_layers - 1 if layer is None else layer
     if named > 0:
-        return f"encoder layer {layer + named} has not run yet when layer {layer} does; use 0 or a negative number"
-    if layer + named < 0:
-        return f"encoder layer {layer} has no layer {-named} before it"
+        return "layer", (
+            f"is relative to encoder layer {own}, and layer {own + named} has not run then; use 0 or a negative number"
+        )
+    if own + named < 0:
+        return "layer", f"is relative to encoder layer {own}, which has no layer {-named} before it"
     return None

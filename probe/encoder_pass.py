@@ -1,4 +1,4 @@
-"""One run of the image encoder under probes: what they look at, what they decide, what is recorded.
+"""One run of the image encoder under probes: what they are given, what they decide, what is recorded.
 
 Hooks (in `encoder`) call in here. A probe decides view by view, or over all views of a picture together; its score, its
 selection and its operation are given what they name, as in the language model.
@@ -6,7 +6,7 @@ selection and its operation are given what they name, as in the language model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,34 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probe.attend import Form, KeyRequest, RowRequest, ask, forget
 from probe.backbones.base import Backbone, Views
 from probe.compile import BoundProbe, Call, ProbeTable
 from probe.cost import EncoderDims
+from probe.encoder_looking import BEFORE, EncoderLooking
 from probe.encoder_state import Group, ViewState, shorten
 from probe.errors import ProbeError
 from probe.selections import token_count
-from probe.site import Choice, Clock, Plan, Site
+from probe.site import Choice, Fate, Plan, Site
 from probe.timing import Stopwatch
-
-BEFORE = Clock(pass_index=0, step=0, block=0, step_in_block=0, nominal_steps=1, n_blocks=1)
-"""The clock while pictures are encoded: no step has begun."""
-
-Looked = tuple[int, str, Form]
-"""Attention of one encoder layer, from one set of query rows, in one form."""
-
-
-@dataclass
-class _Averaged:
-    """Attention rows of every view, averaged over its query rows as their chunks arrive: `(view, head, key)`."""
-
-    weight: Tensor
-    total: Tensor | None = None
-
-    def receive(self, weights: Tensor, first: int) -> None:
-        share = self.weight[:, first : first + weights.shape[2]]
-        part = (share[:, None, None] @ weights)[:, :, 0]
-        self.total = part if self.total is None else self.total + part
 
 
 @dataclass
@@ -60,115 +41,54 @@ class EncoderPass:
     state: ViewState
     flops: dict[str, int] = field(default_factory=lambda: {"encode": 0, "probe": 0})
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    _between: Tensor | None = None
-    _mlp_out: Tensor | None = None
-    _long: int = 0
 
     def __post_init__(self) -> None:
-        self._probes = self.table.encoder
+        views, patches = self.views.box.shape[:2]
+        self.looking = EncoderLooking(self.backbone, self.dims, self.watch, self.lead)
         self._ordinal = {p.name: i for i, p in enumerate(self.table.probes)}
-        self._layers = self.dims.layers
-        self._wanted: dict[int, set[Looked]] = {}
-        self._keys_wanted: set[int] = set()
-        self._under_way: dict[Looked, _Averaged] = {}
-        self._received: dict[Looked, Tensor] = {}
-        self._keys: dict[int, Tensor] = {}
-        self._tokens = np.zeros((self._layers, len(self.views.base)), np.int32)
-        for probe in self._probes:
+        self._between: Tensor | None = None
+        self._mlp_out: Tensor | None = None
+        self._attended = self._through_mlp = 0
+        self.arrays |= {
+            "encoder_tokens": np.zeros((self.dims.layers, views), np.int32),
+            "patch_box": self.views.box.flatten(0, 1).float().cpu().numpy(),
+            "patch_view": np.repeat(np.arange(views), patches).astype(np.int16),
+        }
+        for probe in self.table.encoder:
             for call in [r.signal for r in probe.records] + ([probe.edit.score] if probe.edit is not None else []):
                 if call is not None:
-                    self._note(probe, call)
-        self.flops["encode"] += self.dims.embed(len(self.views.base))
-
-    def _note(self, probe: BoundProbe, call: Call) -> None:
-        if "received" in call.entry.needs:
-            looked = self._looked(probe, call)
-            self._wanted.setdefault(looked[0], set()).add(looked)
-        if "keys" in call.entry.needs:
-            self._keys_wanted.add(self._layer_of(probe, call))
-
-    def _layer_of(self, probe: BoundProbe, call: Call) -> int:
-        """The encoder layer that a part's `layer` means; where it names none, the last one that has run."""
-        named = call.params(BEFORE).get("layer")
-        if probe.layer is not None:
-            return probe.layer + (named or 0)
-        named = -1 if named is None or "received" not in call.entry.needs and named == 0 else named
-        return int(named) % self._layers
-
-    def _looked(self, probe: BoundProbe, call: Call) -> Looked:
-        params = call.params(BEFORE)
-        return self._layer_of(probe, call), str(params["queries"]), params["form"]
+                    self.looking.want(probe, call)
+        self.flops["encode"] += self.dims.embed(views)
 
     def at(self, site: Site, layer: int | None = None) -> list[BoundProbe]:
         """The probes at a site, in the recipe's order."""
-        return [p for p in self._probes if p.site is site and p.layer == layer]
+        return [p for p in self.table.encoder if p.site is site and p.layer == layer]
 
     def timed(self) -> AbstractContextManager[None]:
         """Time spent inside belongs to the probes."""
         return self.watch.section("probe")
 
+    def release(self) -> None:
+        """Leave the modules as they were, also when the run was interrupted."""
+        self.looking.release()
+
     # -- one layer ----------------------------------------------------------------------------------------------
 
     def enter_layer(self, layer: int, hidden: Tensor) -> Tensor | None:
         """A layer begins: ask its attention for what probes want. Returns the mask of the views as they are now."""
-        self._tokens[layer] = self.state.counts
+        self.arrays["encoder_tokens"][layer] = self.state.counts
         self._attended = self._through_mlp = hidden.shape[1]
-        requests: list[RowRequest | KeyRequest] = []
-        for looked in sorted(self._wanted.get(layer, ())):
-            rows, weight = self._query_rows(looked[1], hidden.device)
-            self._under_way[looked] = averaged = _Averaged(weight)
-            requests.append(RowRequest(rows, looked[2], averaged.receive))
-            self.flops["probe"] += rows.shape[0] * self.dims.looked_rows(rows.shape[1], hidden.shape[1], looked[2])
-        if layer in self._keys_wanted:
-            requests.append(KeyRequest(lambda keys: self._keep_keys(layer, keys)))
-        if requests:
-            ask(self.backbone.encoder_layers[layer].attention, requests, self.timed)
+        self.flops["probe"] += self.looking.ask(layer, self.state, hidden.shape[1], hidden.device)
         return self.state.bias(self.lead, hidden.dtype)
-
-    def _query_rows(self, queries: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`(rows, weight)`, both `(view, query)`: the rows that look, and weights that sum to 1 over real ones."""
-        first = self.lead if queries == "visual" else 0
-        last = [self.lead if queries == "cls" else self.lead + n for n in self.state.counts]
-        width = max(1, max(last) - first)
-        rows = first + torch.arange(width, device=device).expand(len(last), -1)
-        end = torch.tensor(last, device=device)[:, None]
-        weight = (rows < end) / (end - first).clamp(min=1)
-        return rows.clamp(max=self.lead + self.state.width - 1), weight.float()
-
-    def _keep_keys(self, layer: int, keys: Tensor) -> None:
-        """Keys `(view, head, row, size)` by number: `(T, head, size)`, NaN for tokens that are gone."""
-        self._keys[layer] = self._by_number(keys.transpose(1, 2))
-
-    def _by_number(self, rows: Tensor) -> Tensor:
-        """`(view, row, ...)` of the tokens that are there, to `(T, ...)`."""
-        out = rows.new_full((self.state.view.shape[0], *rows.shape[2:]), torch.nan)
-        every = tuple(range(len(self.views.base)))
-        out[self.state.numbers(every)] = self.state.rows(rows, every, self.lead)
-        return out
 
     def leave_attention(self, layer: int) -> None:
         """A layer's attention has run: keep what scores need, record what was asked."""
-        if layer not in self._wanted and layer not in self._keys_wanted:
-            return
-        with self.timed():
-            forget(self.backbone.encoder_layers[layer].attention)
-            for looked in sorted(self._wanted.get(layer, ())):
-                averaged = self._under_way.pop(looked)
-                if averaged.total is not None:
-                    self._received[looked] = self._by_number(averaged.total.transpose(1, 2))
-            for probe in self.at(Site.ENCODER_LAYER_ATTENTION, layer):
-                for record in probe.records:
-                    received = self._received[self._looked(probe, record.signal)]
-                    self._record(record.name, record.signal, layer, {"received": received.T})
-
-    def release(self) -> None:
-        """Forget what an interrupted run left on the attention modules."""
-        for layer in {*self._wanted, *self._keys_wanted}:
-            forget(self.backbone.encoder_layers[layer].attention)
+        self.looking.reduce(layer, self.state)
+        for probe in self.at(Site.ENCODER_LAYER_ATTENTION, layer):
+            self._record(probe, layer, None)
 
     def cut_between(self, layer: int, hidden: Tensor) -> Tensor:
         """Between attention and MLP: the shortened residual stream, kept for `leave_layer`."""
-        self._long = hidden.shape[1]
         short = self.act(Site.ENCODER_LAYER_AFTER_ATTENTION, layer, hidden, self.lead)
         self._between = None if short is hidden else short
         self._through_mlp = short.shape[1]
@@ -179,7 +99,7 @@ class EncoderPass:
         if self._between is None:
             return output
         self._mlp_out = output
-        return output.new_zeros(()).expand(output.shape[0], self._long, output.shape[2])
+        return output.new_zeros(()).expand(output.shape[0], self._attended, output.shape[2])
 
     def leave_layer(self, hidden: Tensor) -> Tensor:
         """A layer ends: its output on the views as they are now."""
@@ -192,36 +112,50 @@ class EncoderPass:
 
     # -- probes on features -------------------------------------------------------------------------------------
 
-    def act(self, site: Site, layer: int | None, hidden: Tensor, lead: int = 0) -> Tensor:
-        """The probes at a site, one after the other, on features `(view, row, width)`."""
-        expected = lead + self.state.width
-        if hidden.shape[:2] != (len(self.views.base), expected):
-            raise ProbeError(
-                f"`{site}` of {self.backbone.facts.name}: features are {tuple(hidden.shape)}, but "
-                f"{len(self.views.base)} views of {expected} rows were expected"
-            )
-        for probe in self.at(site, layer):
-            if probe.edit is None:
-                for record in probe.records:
-                    self._record(record.name, record.signal, layer, {"hidden": self._by_number(hidden[:, lead:])})
-                continue
-            groups, plans = self._decide(probe, hidden, lead)
-            if any(plan is not None for plan in plans):
-                raster = probe.edit.do.params(BEFORE).get("order", "raster") == "raster"
-                self.state, hidden = shorten(self.state, hidden, groups, plans, lead=lead, raster=raster)
+    def leave_encoder(self, hidden: Tensor) -> Tensor:
+        """What the projector is given: features of patches alone, `(view, row, width)`, after `encoder.output`."""
+        hidden = self.act(Site.ENCODER_OUTPUT, None, hidden, 0)
+        self.flops["encode"] += self.dims.project(hidden.shape[0] * hidden.shape[1])
         return hidden
 
-    def _record(self, name: str, call: Call, layer: int | None, given: dict[str, Any]) -> None:
+    def act(self, site: Site, layer: int | None, hidden: Tensor, lead: int) -> Tensor:
+        """The probes at a site, one after the other, on features `(view, row, width)`."""
+        probes, expected = self.at(site, layer), (len(self.views.base), lead + self.state.width)
+        if probes and hidden.shape[:2] != expected:
+            raise ProbeError(
+                f"`{site}` of {self.backbone.facts.name}: features are {tuple(hidden.shape)}, not {expected[0]} views "
+                f"of {expected[1]} rows"
+            )
+        for probe in probes:
+            if probe.edit is None:
+                self._record(probe, layer, hidden[:, lead:])
+                continue
+            groups = self._groups(probe)
+            plans = [self._plan(probe, group, hidden, lead) for group in groups]
+            if any(plan is not None for plan in plans):
+                self.state, hidden = shorten(self.state, hidden, groups, plans, lead=lead, raster=_raster(probe))
+        return hidden
+
+    def _record(self, probe: BoundProbe, layer: int | None, hidden: Tensor | None) -> None:
+        """Signals over the patches of all views, `(views * patches, ...)`; a patch that is gone is NaN."""
         patches = self.state.holder.shape[0]
-        given |= {"patch_view": self.state.view[:patches], "alive": self.state.fate[:patches] == 1}
-        given = {k: v[..., :patches] if k == "received" else v[:patches] for k, v in given.items()}
-        value = call.entry.function(*(given[n] for n in call.entry.needs), **call.params(BEFORE))
-        value = value.float().cpu().numpy()
-        if layer is None:
-            self.arrays[name] = value
-            return
-        array = self.arrays.setdefault(name, np.full((self._layers, *value.shape), np.nan, np.float32))
-        array[layer] = value
+        numbers = torch.arange(patches, device=self.state.holder.device)
+        given: dict[str, Any] = {
+            "patch_view": self.state.view[:patches],
+            "alive": self.state.fate[:patches] == int(Fate.KEPT),
+        }
+        if hidden is not None:
+            given["hidden"] = self.state.by_number(hidden, 0)[:patches]
+        for record in probe.records:
+            if "received" in record.signal.entry.needs:
+                given["received"] = self.looking.received(probe, record.signal, numbers)
+            needed = (given[name] for name in record.signal.entry.needs)
+            value = record.signal.entry.function(*needed, **record.signal.params(BEFORE)).float().cpu().numpy()
+            if layer is None:
+                self.arrays[record.name] = value
+            else:
+                nothing = np.full((self.dims.layers, *value.shape), np.nan, np.float32)
+                self.arrays.setdefault(record.name, nothing)[layer] = value
 
     def _groups(self, probe: BoundProbe) -> list[Group]:
         """The views that a probe decides on together; those with nothing left are left out."""
@@ -235,50 +169,45 @@ class EncoderPass:
         pictures = self.views.picture.tolist()
         return [tuple(v for v in wanted if pictures[v] == p) for p in dict.fromkeys(pictures[v] for v in wanted)]
 
-    def _decide(self, probe: BoundProbe, hidden: Tensor, lead: int) -> tuple[list[Group], list[Plan | None]]:
-        groups = self._groups(probe)
-        return groups, [self._plan(probe, group, hidden, lead) for group in groups]
-
     def _plan(self, probe: BoundProbe, group: Group, hidden: Tensor, lead: int) -> Plan | None:
         """One group's plan; None when everything stays as it is."""
         edit = probe.edit
         assert edit is not None
         given = self._given(probe, group, hidden, lead)
-        n = int(given["n"])
         select = edit.select.params(BEFORE)
         if "keep" in select:
             original = len(group) * self.views.box.shape[1]
             given["count"] = token_count(select["keep"], original, select.get("round", "floor"))
-            if given["count"] >= n:
+            if given["count"] >= given["n"]:
                 return None
         if edit.score is not None:
             score = self._call(edit.score, given, probe).to(hidden.device)
             given["similarity" if score.dim() == 2 else "score"] = score
             if "flops" in edit.score.entry.meta:
-                self.flops["probe"] += edit.score.entry.meta["flops"](n, hidden.shape[-1])
+                self.flops["probe"] += edit.score.entry.meta["flops"](given["n"], hidden.shape[-1])
         chosen = self._call(edit.select, given, probe)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        given |= {"choice": choice, "kept": choice.kept.to(hidden.device), "into": choice.into}
-        plan = self._call(edit.do, given, probe)
-        same = plan.kept.shape[0] == n and not plan.appended and plan.values is None
-        ordered = edit.do.params(BEFORE).get("order", "raster") == "raster"
-        return None if same and ordered else plan
+        given |= {"choice": choice, "kept": choice.kept.to(hidden.device)}
+        plan: Plan = self._call(edit.do, given, probe)
+        untouched = plan.kept.shape[0] == given["n"] and not plan.appended and plan.values is None
+        return None if untouched and _raster(probe) else plan
 
     def _call(self, call: Call, given: dict[str, Any], probe: BoundProbe) -> Any:
         """A part of the vocabulary with what it names."""
-        for name in call.entry.needs:
-            if name not in given:
-                given[name] = self._special(name, call, given, probe)
-        return call.entry.function(*(given[n] for n in call.entry.needs), **call.params(BEFORE))
+        needed = [
+            given[name] if name in given else self._special(name, call, given, probe) for name in call.entry.needs
+        ]
+        return call.entry.function(*needed, **call.params(BEFORE))
 
     def _special(self, name: str, call: Call, given: dict[str, Any], probe: BoundProbe) -> Any:
         """What only some parts need, made when one asks."""
-        numbers = given["numbers"]
         match name:
             case "received":
-                return self._taken(self._received[self._looked(probe, call)], numbers).T
+                return self.looking.received(probe, call, given["numbers"])
             case "keys":
-                return self._taken(self._keys[self._layer_of(probe, call)], numbers).transpose(0, 1)
+                return self.looking.keys(probe, call, given["numbers"])
+            case "embedding":  # a score of several spaces names it, but recipes that choose it are refused
+                return None
             case "text":
                 return self.text()
             case "patch":
@@ -288,16 +217,9 @@ class EncoderPass:
             f"`{probe.site}`"
         )
 
-    @staticmethod
-    def _taken(by_number: Tensor, numbers: Tensor) -> Tensor:
-        """Rows of `(T, ...)` for these numbers; NaN for tokens that came later."""
-        known = numbers < by_number.shape[0]
-        rows = by_number[numbers.where(known, 0)]
-        return rows.where(known.view(-1, *[1] * (rows.dim() - 1)), torch.nan)
-
     def _given(self, probe: BoundProbe, group: Group, hidden: Tensor, lead: int) -> dict[str, Any]:
+        """What parts can name, of one group's n tokens."""
         numbers = self.state.numbers(group)
-        patches = self.views.box.shape[1]
         box = self.views.box.to(hidden.device).flatten(0, 1)
         return {
             "numbers": numbers,
@@ -305,7 +227,7 @@ class EncoderPass:
             "hidden": self.state.rows(hidden, group, lead),
             "size": self.state.size[numbers],
             "view": self.state.view[numbers],
-            "box": box[numbers.clamp(max=len(self.views.base) * patches - 1)],
+            "box": box[numbers.clamp(max=box.shape[0] - 1)],
             "generator": self._generator(probe, group[0]),
         }
 
@@ -319,16 +241,6 @@ class EncoderPass:
         return generator
 
 
-def tokens_recorded(state: EncoderPass) -> dict[str, np.ndarray]:
-    """The arrays that every run with probes in the encoder has: tokens per layer and view, what patches see."""
-    box, views = state.views.box.flatten(0, 1), state.views.box.shape[:2]
-    return {
-        "encoder_tokens": state._tokens,
-        "patch_box": box.numpy(),
-        "patch_view": np.repeat(np.arange(views[0]), views[1]).astype(np.int16),
-    }
-
-
-def sequence_of_groups(groups: Sequence[Group]) -> tuple[int, ...]:
-    """The views of all groups, flat."""
-    return tuple(v for group in groups for v in group)
+def _raster(probe: BoundProbe) -> bool:
+    """Whether kept tokens stand as they stood."""
+    return probe.edit is not None and probe.edit.do.params(BEFORE).get("order", "raster") == "raster"

@@ -70,6 +70,13 @@ class ViewState:
         """`(n, ...)`: their rows of `hidden (view, row, ...)`, in the same order."""
         return torch.cat([hidden[v, lead : lead + self.alive[v].shape[0]] for v in group])
 
+    def by_number(self, rows: Tensor, lead: int) -> Tensor:
+        """`(view, row, ...)` to `(T, ...)`: every token's row at its number, NaN at numbers that are gone."""
+        out = rows.new_full((self.view.shape[0], *rows.shape[2:]), torch.nan)
+        every = tuple(range(len(self.alive)))
+        out[self.numbers(every)] = self.rows(rows, every, lead)
+        return out
+
     def bias(self, lead: int, dtype: torch.dtype) -> Tensor | None:
         """`(view, 1, 1, row)`, added to attention's logits: log sizes, and nothing to be seen of padding.
 
@@ -104,7 +111,7 @@ def shorten(
 ) -> tuple[ViewState, Tensor]:
     """Carry out one plan per group of views (None: nothing) on `hidden (view, row, width)`.
 
-    With `raster`, kept tokens stand as they stood, whatever the plan's order; tokens that a plan adds stand behind them.
+    With `raster`, kept tokens stand as they stood, whatever the plan's order; what a plan adds stands behind them.
     Views that no group names keep what they have. Returns the new state and `(view, new row, width)`.
     """
     rows = {v: hidden[v, lead : lead + n] for v, n in enumerate(state.counts)}

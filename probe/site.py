@@ -46,8 +46,8 @@ QuerySet = Literal[
 """Which rows of the sequence look: all answer slots, those still masked, those filled, the last row of the sequence,
 the last row before the answer, the question's, the system prompt's, the alive visual tokens', or every row. `raters`
 are the rows of the question that matter to the picture (`probe.scores.raters`), `raters_answer` chooses them from
-question and answer slots together. In an image encoder: the class token (`cls`, where it has one), the patches of a view
-(`visual`), or both (`all`)."""
+question and answer slots together. In an image encoder: the class token (`cls`, where it has one), the patches of a
+view (`visual`), or both (`all`)."""
 
 
 class Fate(IntEnum):

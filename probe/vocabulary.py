@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from probe import operations, scores, selections, signals
+from probe.signals import encoder
 
-__all__ = ["operations", "scores", "selections", "signals"]
+__all__ = ["encoder", "operations", "scores", "selections", "signals"]

@@ -30,9 +30,9 @@ class Prompt:
     `view (V,)` int16: 0 for the first picture's base view, then its tiles, then the next picture's views.
     `picture (V,)` int16: which picture. Text-only prompts have V = 0.
 
-    Where probes acted in the encoder, V counts every patch of every view and the tokens that were added to them, so most
-    of them stand nowhere: `fate (V,)` uint8 of `Fate` says what became of each, and `unpruned` how many visual tokens
-    the sample would have had otherwise.
+    Where probes acted in the encoder, V counts every patch of every view and the tokens that were added to them, so
+    most of them stand nowhere: `fate (V,)` uint8 of `Fate` says what became of each, and `unpruned` how many visual
+    tokens the sample would have had otherwise.
     """
 
     embeds: Tensor
@@ -188,7 +188,9 @@ class Backbone(ABC, nn.Module):
 
     def views(self, images: Sequence[Image.Image]) -> Views:
         """How `encode_images` cuts these pictures into views. Needed where probes act in the encoder."""
-        raise ProbeError(f"{self.facts.name} does not say how pictures are cut into views, so no probe acts in its encoder")
+        raise ProbeError(
+            f"{self.facts.name} does not say how pictures are cut into views, so no probe acts in its encoder"
+        )
 
     def embed_text(self, text: str) -> Tensor:
         """`(d,)`: a text in the space that it shares with `text_space`. Only with a text tower."""

@@ -41,6 +41,7 @@ from probe.backbones.llada_v_modules import (
 from probe.backbones.pixels import frame_views, padded_views, tiled_views
 from probe.backbones.pruned import join, pruned_prompt, views_of
 from probe.backbones.splice import splice
+from probe.backbones.text_tower import TextTower
 from probe.backbones.tokens import Tokenizer, load_tokenizer, special_ids
 from probe.cost import EncoderDims, encoder_dims
 from probe.errors import ProbeError
@@ -54,6 +55,7 @@ class LladaV(Backbone):
     """LLaDA-V behind the adapter contract. Without an encoder it is the language model alone."""
 
     defaults = GenerationDefaults(gen_length=128, block_length=128, steps=128, stop=(names.EOT.text,))
+    checkpoint: Checkpoint | None = None
 
     def __init__(
         self,
@@ -135,6 +137,7 @@ class LladaV(Backbone):
             stored = weights.read(EMBEDDING, 1).dtype if EMBEDDING in weights.shapes else torch.float32
             model._take(weights, checkpoint, rows, choose_dtype(dtype, stored, torch.device(device)))
         model.defaults = replace(cls.defaults, **names.generation_lengths(checkpoint.folder))
+        model.checkpoint = checkpoint
         return model
 
     def _take(self, weights: Tensors, checkpoint: Checkpoint, rows: int, dtype: torch.dtype) -> None:
@@ -214,6 +217,19 @@ class LladaV(Backbone):
         tower = self._tower()
         patches = tower.embeddings(pixels.to(self.device, self.dtype))
         return cast(Tensor, tower.encoder(inputs_embeds=patches).last_hidden_state)
+
+    def embed_text(self, text: str) -> Tensor:
+        """`(d,)`: a text through SigLIP's text half, if the checkpoint's folder holds one; loaded when first used."""
+        if self.checkpoint is None or not self.facts.text_tower:
+            return super().embed_text(text)
+        tower = self.__dict__.get("_text_tower")
+        if tower is None:
+            tower = self.__dict__["_text_tower"] = TextTower(self.checkpoint, self.device, self.dtype)
+        return cast(Tensor, tower(text))
+
+    def text_space(self, hidden: Tensor) -> Tensor:
+        """SigLIP's final norm on patch features; its image and text halves share their width."""
+        return cast(Tensor, self._tower().post_layernorm(hidden))
 
     @torch.no_grad()
     def encode_views(self, pixels: Tensor) -> Tensor:
@@ -303,8 +319,8 @@ class LladaV(Backbone):
         newline = cells.newline[seen].to(role.device)
         role[where] = torch.where(newline, int(Role.NEWLINE), int(Role.VISUAL)).to(torch.int8)
         visual = torch.where(where, where.cumsum(0) - 1, -1)
-        of_visual = (part[seen].to(self.device) for part in (cells.box, cells.view, cells.picture))
-        return Prompt(done.embeds[0], done.ids[0], role, visual, *of_visual)
+        box, view, shown = (part[seen].to(self.device) for part in (cells.box, cells.view, cells.picture))
+        return Prompt(done.embeds[0], done.ids[0], role, visual, box, view, shown)
 
     @torch.no_grad()
     def without_pictures(self, ids: Sequence[int], system: int) -> Prompt:

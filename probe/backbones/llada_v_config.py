@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,8 @@ def published_facts() -> ModelFacts:
 def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     """Sizes of a checkpoint from its small files alone; the vocabulary is cut to the tokenizer."""
     vocabulary = tokenizer_length(checkpoint) or int(checkpoint.config["vocab_size"])
-    return _facts(checkpoint.source, checkpoint.config, vocabulary, vision_settings(checkpoint))
+    facts = _facts(checkpoint.source, checkpoint.config, vocabulary, vision_settings(checkpoint))
+    return replace(facts, text_tower=checkpoint.has_text_tower)
 
 
 def _facts(name: str, config: Mapping[str, Any], vocabulary: int, vision: Mapping[str, Any] | None) -> ModelFacts:
