@@ -133,7 +133,7 @@ class EncoderPass:
             groups = self._groups(probe)
             plans = [self._plan(probe, group, hidden, lead) for group in groups]
             if any(plan is not None for plan in plans):
-                self.state, hidden = shorten(self.state, hidden, groups, plans, lead=lead, raster=_raster(probe))
+                self.state, hidden = shorten(self.state, hidden, groups, plans, lead=lead)
         return hidden
 
     def _record(self, probe: BoundProbe, layer: int | None, hidden: Tensor | None) -> None:
@@ -189,8 +189,8 @@ class EncoderPass:
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
         given |= {"choice": choice, "kept": choice.kept.to(hidden.device)}
         plan: Plan = self._call(edit.do, given, probe)
-        untouched = plan.kept.shape[0] == given["n"] and not plan.appended and plan.values is None
-        return None if untouched and _raster(probe) else plan
+        everyone = plan.kept.shape[0] == given["n"] and not plan.appended
+        return None if everyone and edit.do.params(BEFORE).get("order") != "score" else plan
 
     def _call(self, call: Call, given: dict[str, Any], probe: BoundProbe) -> Any:
         """A part of the vocabulary with what it names."""
@@ -239,8 +239,3 @@ class EncoderPass:
             seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
         generator.manual_seed(seed)
         return generator
-
-
-def _raster(probe: BoundProbe) -> bool:
-    """Whether kept tokens stand as they stood."""
-    return probe.edit is not None and probe.edit.do.params(BEFORE).get("order", "raster") == "raster"

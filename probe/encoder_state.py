@@ -86,11 +86,12 @@ class ViewState:
         padded = any(n != self.width for n in self.counts)
         if not padded and not self.sized:
             return None
-        out = self.size.new_full((len(self.alive), lead + self.width), torch.finfo(dtype).min)
+        shape, device = (len(self.alive), lead + self.width), self.size.device
+        out = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         for v, alive in enumerate(self.alive):
             out[v, :lead] = 0
             out[v, lead : lead + alive.shape[0]] = self.size[alive].log() if self.sized else 0
-        return out.to(dtype)[:, None, None]
+        return out[:, None, None]
 
     def survivors(self) -> Survivors:
         """What is left. A patch that was merged into a token which was dropped later is dropped."""
@@ -107,17 +108,15 @@ def shorten(
     plans: Sequence[Plan | None],
     *,
     lead: int = 0,
-    raster: bool = True,
 ) -> tuple[ViewState, Tensor]:
     """Carry out one plan per group of views (None: nothing) on `hidden (view, row, width)`.
 
-    With `raster`, kept tokens stand as they stood, whatever the plan's order; what a plan adds stands behind them.
     Views that no group names keep what they have. Returns the new state and `(view, new row, width)`.
     """
     rows = {v: hidden[v, lead : lead + n] for v, n in enumerate(state.counts)}
     for group, plan in zip(groups, plans, strict=True):
         if plan is not None:
-            state, changed = _one_group(state, hidden, group, plan, lead, raster)
+            state, changed = _one_group(state, hidden, group, plan, lead)
             rows |= changed
     width = state.width
     out = hidden.new_zeros(hidden.shape[0], lead + width, *hidden.shape[2:])
@@ -128,7 +127,7 @@ def shorten(
 
 
 def _one_group(
-    state: ViewState, hidden: Tensor, group: Group, plan: Plan, lead: int, raster: bool
+    state: ViewState, hidden: Tensor, group: Group, plan: Plan, lead: int
 ) -> tuple[ViewState, dict[int, Tensor]]:
     """The state after one plan, and the new rows of the group's views."""
     device = state.holder.device
@@ -136,11 +135,8 @@ def _one_group(
     kept, added = plan.kept.to(device), plan.appended
     if added and len(group) > 1:
         raise ProbeError("a token can be added to one view only, but this probe decides over whole pictures: `group`")
-    if kept.shape[0] + added and plan.values is None and added:
+    if added and plan.values is None:
         raise ProbeError(f"a plan adds {added} tokens but does not say what they are (`values`)")
-    order = torch.arange(kept.shape[0] + added, device=device)
-    if raster:  # the places of the plan, in the order in which they shall stand
-        order[: kept.shape[0]] = kept.sort().indices
     fresh = state.view.shape[0] + torch.arange(added, device=device)
     target = torch.cat([before[kept], fresh])
     values = rows[kept] if plan.values is None else plan.values.to(hidden.dtype)
@@ -166,7 +162,6 @@ def _one_group(
 
     alive = list(state.alive)
     out: dict[int, Tensor] = {}
-    target, values = target[order], values[order]
     for v in group:
         here = slice(None) if len(group) == 1 else view[target] == v
         alive[v], out[v] = target[here], values[here]
