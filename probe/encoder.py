@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,12 @@ def encode_with_probes(
         raise ProbeError(f"no probe can act in the encoder of {backbone.facts.name}: its adapter does not say how")
     device = next(backbone.parameters()).device
     views = backbone.views(images)
+
+    @cache
+    def text() -> Tensor:
+        state.flops["probe"] += backbone.text_flops(question)
+        return backbone.embed_text(question)
+
     state = EncoderPass(
         backbone=backbone,
         table=table,
@@ -68,7 +75,7 @@ def encode_with_probes(
         dims=dims,
         watch=watch or Stopwatch(device),
         seed=seed,
-        text=lambda: backbone.embed_text(question),
+        text=text,
         lead=int(backbone.facts.class_token),
         state=ViewState.fresh(views, device),
     )

@@ -6,16 +6,18 @@ The same (layer, queries, form) is computed once, whoever asks for it. Results a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from probe.attend import Form, KeyRequest, RowRequest, ask, forget
 from probe.backbones.base import Backbone
-from probe.compile import BoundProbe, Call
+from probe.compile import BoundProbe
 from probe.cost import EncoderDims
-from probe.encoder_state import ViewState
+from probe.encoder_state import Group, ViewState
 from probe.site import Clock
 from probe.timing import Stopwatch
 
@@ -51,25 +53,24 @@ class EncoderLooking:
         self._key_layers: set[int] = set()
         self._under_way: dict[Looked, _Averaged] = {}
         self._received: dict[Looked, Tensor] = {}
+        self._looking_rows: dict[Looked, list[int]] = {}
         self._keys: dict[int, Tensor] = {}
 
-    def want(self, probe: BoundProbe, call: Call) -> None:
+    def want(self, probe: BoundProbe, name: str, params: Mapping[str, Any]) -> None:
         """Note what a part of a probe needs to be given."""
-        if "received" in call.entry.needs:
-            looked = self.looked(probe, call)
+        if name == "received":
+            looked = self._looked(probe, params)
             self._rows.setdefault(looked[0], set()).add(looked)
-        if "keys" in call.entry.needs:
-            self._key_layers.add(self._layer(probe, call))
+        if name == "keys":
+            self._key_layers.add(self._layer(probe, params))
 
-    def _layer(self, probe: BoundProbe, call: Call) -> int:
+    def _layer(self, probe: BoundProbe, params: Mapping[str, Any]) -> int:
         """The encoder layer that a part means: relative to the probe's own, which behind the layers is the last."""
         own = self._dims.layers - 1 if probe.layer is None else probe.layer
-        return own + int(call.params(BEFORE).get("layer", 0))
+        return own + int(params.get("layer", 0))
 
-    def looked(self, probe: BoundProbe, call: Call) -> Looked:
-        """The attention that a part means."""
-        params = call.params(BEFORE)
-        return self._layer(probe, call), str(params["queries"]), params["form"]
+    def _looked(self, probe: BoundProbe, params: Mapping[str, Any]) -> Looked:
+        return self._layer(probe, params), str(params["queries"]), params["form"]
 
     def ask(self, layer: int, state: ViewState, width: int, device: torch.device) -> int:
         """Put this layer's requests to its attention module, whose views have `width` rows. Returns their FLOPs."""
@@ -77,6 +78,7 @@ class EncoderLooking:
         flops = 0
         for looked in sorted(self._rows.get(layer, ())):
             rows, weight = _query_rows(looked[1], state, self._lead, device)
+            self._looking_rows[looked] = _counts(looked[1], state, self._lead)
             self._under_way[looked] = averaged = _Averaged(weight)
             requests.append(RowRequest(rows, looked[2], averaged.receive))
             flops += rows.shape[0] * self._dims.looked_rows(rows.shape[1], width, looked[2])
@@ -105,24 +107,32 @@ class EncoderLooking:
         for layer in {*self._rows, *self._key_layers}:
             forget(self._modules[layer])
 
-    def received(self, probe: BoundProbe, call: Call, numbers: Tensor) -> Tensor:
+    def received(self, probe: BoundProbe, params: Mapping[str, Any], numbers: Tensor) -> Tensor:
         """`(head, n)` float32: the attention that these tokens received; NaN for tokens that came later."""
-        return _taken(self._received[self.looked(probe, call)], numbers).T
+        return _taken(self._received[self._looked(probe, params)], numbers).T
 
-    def keys(self, probe: BoundProbe, call: Call, numbers: Tensor) -> Tensor:
+    def n_queries(self, probe: BoundProbe, params: Mapping[str, Any], group: Group) -> int:
+        """How many rows of a view looked."""
+        return self._looking_rows[self._looked(probe, params)][group[0]]
+
+    def keys(self, probe: BoundProbe, params: Mapping[str, Any], numbers: Tensor) -> Tensor:
         """`(head, n, size)`: the keys of these tokens; NaN for tokens that came later."""
-        return _taken(self._keys[self._layer(probe, call)], numbers).transpose(0, 1)
+        return _taken(self._keys[self._layer(probe, params)], numbers).transpose(0, 1)
+
+
+def _counts(queries: str, state: ViewState, lead: int) -> list[int]:
+    """How many rows of each view look."""
+    own = 0 if queries == "visual" else lead
+    return [own + (0 if queries == "cls" else n) for n in state.counts]
 
 
 def _query_rows(queries: str, state: ViewState, lead: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """`(rows, weight)`, both `(view, query)`: the rows that look, and weights that sum to 1 over each view's own."""
-    first = lead if queries == "visual" else 0
-    last = [lead if queries == "cls" else lead + n for n in state.counts]
-    width = max(1, max(last) - first)
-    rows = first + torch.arange(width, device=device).expand(len(last), -1)
-    end = torch.tensor(last, device=device)[:, None]
-    weight = (rows < end) / (end - first).clamp(min=1)
-    return rows.contiguous(), weight.float()
+    counts = _counts(queries, state, lead)
+    rows = torch.arange(max(1, *counts), device=device).expand(len(counts), -1)
+    own = torch.tensor(counts, device=device)[:, None]
+    weight = (rows < own) / own.clamp(min=1)
+    return (rows + (lead if queries == "visual" else 0)).contiguous(), weight.float()
 
 
 def _taken(by_number: Tensor, numbers: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ selection and its operation are given what they name, as in the language model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 
 from probe.backbones.base import Backbone, Views
-from probe.compile import BoundProbe, Call, ProbeTable
+from probe.compile import BoundProbe, ProbeTable
 from probe.cost import EncoderDims
+from probe.decide import asked, decide
 from probe.encoder_looking import BEFORE, EncoderLooking
 from probe.encoder_state import Group, ViewState, shorten
 from probe.errors import ProbeError
-from probe.selections import token_count
-from probe.site import Choice, Fate, Plan, Site
+from probe.site import Fate, Site
 from probe.timing import Stopwatch
 
 
@@ -55,9 +56,11 @@ class EncoderPass:
             "patch_view": np.repeat(np.arange(views), patches).astype(np.int16),
         }
         for probe in self.table.encoder:
-            for call in [r.signal for r in probe.records] + ([probe.edit.score] if probe.edit is not None else []):
-                if call is not None:
-                    self.looking.want(probe, call)
+            for record in probe.records:
+                for name in record.signal.entry.needs:
+                    self.looking.want(probe, name, record.signal.params(BEFORE))
+            for name, params in () if probe.edit is None else asked(probe.edit, BEFORE):
+                self.looking.want(probe, name, params)
         self.flops["encode"] += self.dims.embed(views)
 
     def at(self, site: Site, layer: int | None = None) -> list[BoundProbe]:
@@ -131,7 +134,7 @@ class EncoderPass:
                 self._record(probe, layer, hidden[:, lead:])
                 continue
             groups = self._groups(probe)
-            plans = [self._plan(probe, group, hidden, lead) for group in groups]
+            plans = [decide(probe.edit, _Tokens(self, probe, group, hidden, lead), BEFORE) for group in groups]
             if any(plan is not None for plan in plans):
                 self.state, hidden = shorten(self.state, hidden, groups, plans, lead=lead)
         return hidden
@@ -147,10 +150,10 @@ class EncoderPass:
         if hidden is not None:
             given["hidden"] = self.state.by_number(hidden, 0)[:patches]
         for record in probe.records:
-            if "received" in record.signal.entry.needs:
-                given["received"] = self.looking.received(probe, record.signal, numbers)
-            needed = (given[name] for name in record.signal.entry.needs)
-            value = record.signal.entry.function(*needed, **record.signal.params(BEFORE)).float().cpu().numpy()
+            entry, params = record.signal.entry, record.signal.params(BEFORE)
+            if "received" in entry.needs:
+                given["received"] = self.looking.received(probe, params, numbers)
+            value = entry.function(*(given[name] for name in entry.needs), **params).float().cpu().numpy()
             if layer is None:
                 self.arrays[record.name] = value
             else:
@@ -169,69 +172,8 @@ class EncoderPass:
         pictures = self.views.picture.tolist()
         return [tuple(v for v in wanted if pictures[v] == p) for p in dict.fromkeys(pictures[v] for v in wanted)]
 
-    def _plan(self, probe: BoundProbe, group: Group, hidden: Tensor, lead: int) -> Plan | None:
-        """One group's plan; None when everything stays as it is."""
-        edit = probe.edit
-        assert edit is not None
-        given = self._given(probe, group, hidden, lead)
-        select = edit.select.params(BEFORE)
-        if "keep" in select:
-            original = len(group) * self.views.box.shape[1]
-            given["count"] = token_count(select["keep"], original, select.get("round", "floor"))
-            if given["count"] >= given["n"]:
-                return None
-        if edit.score is not None:
-            score = self._call(edit.score, given, probe).to(hidden.device)
-            given["similarity" if score.dim() == 2 else "score"] = score
-            if "flops" in edit.score.entry.meta:
-                self.flops["probe"] += edit.score.entry.meta["flops"](given["n"], hidden.shape[-1])
-        chosen = self._call(edit.select, given, probe)
-        choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        given |= {"choice": choice, "kept": choice.kept.to(hidden.device)}
-        plan: Plan = self._call(edit.do, given, probe)
-        everyone = plan.kept.shape[0] == given["n"] and not plan.appended
-        return None if everyone and edit.do.params(BEFORE).get("order") != "score" else plan
-
-    def _call(self, call: Call, given: dict[str, Any], probe: BoundProbe) -> Any:
-        """A part of the vocabulary with what it names."""
-        needed = [
-            given[name] if name in given else self._special(name, call, given, probe) for name in call.entry.needs
-        ]
-        return call.entry.function(*needed, **call.params(BEFORE))
-
-    def _special(self, name: str, call: Call, given: dict[str, Any], probe: BoundProbe) -> Any:
-        """What only some parts need, made when one asks."""
-        match name:
-            case "received":
-                return self.looking.received(probe, call, given["numbers"])
-            case "keys":
-                return self.looking.keys(probe, call, given["numbers"])
-            case "embedding":  # a score of several spaces names it, but recipes that choose it are refused
-                return None
-            case "text":
-                return self.text()
-            case "patch":
-                return self.backbone.text_space(given["hidden"])
-        raise ProbeError(
-            f"probe `{probe.name}`: the {call.entry.kind} `{call.entry.name}` needs `{name}`, which does not exist at "
-            f"`{probe.site}`"
-        )
-
-    def _given(self, probe: BoundProbe, group: Group, hidden: Tensor, lead: int) -> dict[str, Any]:
-        """What parts can name, of one group's n tokens."""
-        numbers = self.state.numbers(group)
-        box = self.views.box.to(hidden.device).flatten(0, 1)
-        return {
-            "numbers": numbers,
-            "n": numbers.shape[0],
-            "hidden": self.state.rows(hidden, group, lead),
-            "size": self.state.size[numbers],
-            "view": self.state.view[numbers],
-            "box": box[numbers.clamp(max=box.shape[0] - 1)],
-            "generator": self._generator(probe, group[0]),
-        }
-
-    def _generator(self, probe: BoundProbe, view: int) -> torch.Generator:
+    def generator(self, probe: BoundProbe, view: int) -> torch.Generator:
+        """Random numbers of one decision: by sample, probe, layer and (first) view."""
         generator = torch.Generator()
         seed = 0
         for part in (self.seed, self._ordinal[probe.name], (probe.layer or 0) + 1, view):
@@ -239,3 +181,66 @@ class EncoderPass:
             seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
         generator.manual_seed(seed)
         return generator
+
+
+class _Tokens:
+    """What the parts of one probe are given, of the n tokens of one group of views (a `Source` of `probe.decide`)."""
+
+    def __init__(self, run: EncoderPass, probe: BoundProbe, group: Group, hidden: Tensor, lead: int) -> None:
+        self._run, self._probe, self._group = run, probe, group
+        self._hidden, self._lead = hidden, lead
+        self._numbers = run.state.numbers(group)
+        self._generator: torch.Generator | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._hidden.device
+
+    def spend(self, flops: int) -> None:
+        """Note the FLOPs of matrix products that the decision cost."""
+        self._run.flops["probe"] += flops
+
+    def give(self, name: str, params: Mapping[str, Any]) -> Any:
+        """The input of this name; `params` say which attention or keys are meant."""
+        run, state, numbers = self._run, self._run.state, self._numbers
+        match name:
+            case "n":
+                return numbers.shape[0]
+            case "original":
+                return len(self._group) * run.views.box.shape[1]
+            case "progress":
+                return 0.0
+            case "generator":
+                if self._generator is None:
+                    self._generator = run.generator(self._probe, self._group[0])
+                return self._generator
+            case "hidden":
+                return state.rows(self._hidden, self._group, self._lead)
+            case "received":
+                return run.looking.received(self._probe, params, numbers)
+            case "keys":
+                return run.looking.keys(self._probe, params, numbers)
+            case "n_queries":
+                return run.looking.n_queries(self._probe, params, self._group)
+            case "size":
+                return state.size[numbers]
+            case "view":
+                return state.view[numbers] - run.views.picture.tolist().index(int(run.views.picture[self._group[0]]))
+            case "box":
+                box = run.views.box.to(self.device).flatten(0, 1)
+                seen = box[numbers.clamp(max=box.shape[0] - 1)]
+                return seen.where((numbers < box.shape[0])[:, None], torch.nan)  # a token that was added sees no place
+            case "row":
+                return torch.cat([torch.arange(state.counts[v], device=self.device) for v in self._group])
+            case "columns":
+                return math.isqrt(run.views.box.shape[1])
+            case "newline" | "cls":  # a row separator, the class token: never among the tokens of a view
+                return torch.zeros(numbers.shape[0], dtype=torch.bool, device=self.device)
+            case "image_features":
+                return run.backbone.text_space(self.give("hidden", params))
+            case "text_features":
+                return run.text()
+            case "layer_index":
+                return self._probe.layer
+        raise ProbeError(f"probe `{self._probe.name}`: `{name}` does not exist at `{self._probe.site}`")

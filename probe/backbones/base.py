@@ -196,6 +196,10 @@ class Backbone(ABC, nn.Module):
         """`(d,)`: a text in the space that it shares with `text_space`. Only with a text tower."""
         raise ProbeError(f"{self.facts.name} has no text tower")
 
+    def text_flops(self, text: str) -> int:
+        """Executed FLOPs of `embed_text`."""
+        return 0
+
     def text_space(self, hidden: Tensor) -> Tensor:
         """Patch features `(n, encoder width)` of the encoder's output in the space of its text tower, `(n, d)`."""
         raise ProbeError(f"{self.facts.name} has no text tower")

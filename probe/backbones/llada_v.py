@@ -220,12 +220,19 @@ class LladaV(Backbone):
 
     def embed_text(self, text: str) -> Tensor:
         """`(d,)`: a text through SigLIP's text half, if the checkpoint's folder holds one; loaded when first used."""
+        return self._text_tower()(text)
+
+    def text_flops(self, text: str) -> int:
+        """Executed FLOPs of `embed_text`."""
+        return self._text_tower().flops(text)
+
+    def _text_tower(self) -> TextTower:
         if self.checkpoint is None or not self.facts.text_tower:
-            return super().embed_text(text)
-        tower = self.__dict__.get("_text_tower")
+            raise ProbeError(f"{self.source} has no text tower")
+        tower = self.__dict__.get("_text")  # no submodule: its weights are none of the checkpoint's own
         if tower is None:
-            tower = self.__dict__["_text_tower"] = TextTower(self.checkpoint, self.device, self.dtype)
-        return cast(Tensor, tower(text))
+            tower = self.__dict__["_text"] = TextTower(self.checkpoint, self.device, self.dtype)
+        return cast(TextTower, tower)
 
     def text_space(self, hidden: Tensor) -> Tensor:
         """SigLIP's final norm on patch features; its image and text halves share their width."""

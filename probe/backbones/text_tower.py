@@ -57,11 +57,22 @@ class TextTower:
 
         As SigLIP was trained, every piece fills all positions (64), the last one with padding, and padding is seen.
         """
+        return cast(Tensor, self.model(input_ids=self._pieces(text)).pooler_output.mean(0))
+
+    def _pieces(self, text: str) -> Tensor:
+        """`(piece, places)` int64: ids, the last piece filled up with padding."""
         places = self.model.config.max_position_embeddings
         ids = self.tokenizer.encode(text) or [self.pad]
         ids += [self.pad] * (-len(ids) % places)
-        pieces = torch.tensor(ids, device=self.model.device).view(-1, places)
-        return cast(Tensor, self.model(input_ids=pieces).pooler_output.mean(0))
+        return torch.tensor(ids, device=self.model.device).view(-1, places)
+
+    def flops(self, text: str) -> int:
+        """Executed FLOPs of one text: layers, and the head on one position of every piece."""
+        config = self.model.config
+        pieces, n = self._pieces(text).shape
+        layer = 8 * n * config.hidden_size**2 + 4 * n * n * config.hidden_size
+        layer += 4 * n * config.hidden_size * config.intermediate_size
+        return int(pieces * (config.num_hidden_layers * layer + 2 * config.hidden_size * config.projection_size))
 
 
 def _config(own: Checkpoint) -> SiglipTextConfig:
