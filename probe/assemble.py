@@ -20,11 +20,12 @@ from probe.compile import Call, ProbeTable
 from probe.looking import Recorder
 from probe.loop import Step
 from probe.registry import Entry, signals
-from probe.site import SEGMENTS, Clock, Fate, Role, Site
+from probe.site import SEGMENTS, Clock, Fate, Phase, Role, Site
 from probe.timing import PHASES
 from probe.trace_schema import Variable
 
 _FATES = {fate.name.lower(): int(fate) for fate in Fate}
+_PASSES = {phase.value: i for i, phase in enumerate(Phase)}
 _ROLES = {role.name.lower(): int(role) for role in (Role.VISUAL, Role.NEWLINE)}
 
 ALWAYS: tuple[Variable, ...] = (
@@ -47,6 +48,26 @@ ALWAYS: tuple[Variable, ...] = (
         "block", ("step",), "1",
         "block of the answer that was decoded",
         "floor(first slot being decoded / block_length)", dtype="int32",
+    ),
+    Variable(
+        "phase_of_pass", ("step",), "1",
+        "what the pass was for: the prompt alone or everything for a cache, or denoising",
+        "phase of the clock", dtype="uint8", flags=_PASSES,
+    ),
+    Variable(
+        "rows_computed", ("step",), "1",
+        "rows that the pass computed (the others were read from stored keys and values, or absent)",
+        "rows of the first layer's queries", dtype="int32",
+    ),
+    Variable(
+        "recomputed", ("step", "position"), "1",
+        "whether the pass computed the slot's row",
+        "1 if the row of slot i was a query of the pass", dtype="uint8",
+    ),
+    Variable(
+        "slot_place", ("step", "position"), "1",
+        "where the slot stands in the answer after the step (-1: not there)",
+        "number of slots before it", dtype="int32",
     ),
     Variable(
         "visual_tokens", ("step", "layer"), "1",
@@ -197,7 +218,10 @@ class _Kept:
     active: list[bool]
     tokens: np.ndarray
     slots: np.ndarray
-    committed: Tensor
+    written: np.ndarray
+    remasked: Tensor | None
+    numbers: np.ndarray
+    computed: np.ndarray
 
 
 StepLogits = dict[int, tuple[list[int], Tensor]]
@@ -247,7 +271,19 @@ class Gatherer:
                 value = self._signal(record.signal, step)
                 if value is not None:
                     self._rows.setdefault(record.name, {})[i] = torch.where(step.eligible, value.double(), torch.nan)
-        self._steps.append(_Kept(step.clock, step.active, step.tokens, np.array(step.slots), step.committed))
+        every = np.arange(step.tokens.shape[1])
+        self._steps.append(
+            _Kept(
+                step.clock,
+                step.active,
+                step.tokens,
+                np.array(step.slots, np.int64),
+                np.zeros_like(step.tokens, bool) if step.written is None else step.written,
+                step.remasked,
+                every if step.numbers is None else step.numbers,
+                np.ones_like(step.tokens, bool) if step.computed is None else step.computed,
+            )
+        )
 
     def _signal(self, call: Call, step: Step) -> Tensor | None:
         """`(batch, row)` of one signal; NaN in rows that a comparison has no counterpart for."""
@@ -280,22 +316,40 @@ class Gatherer:
         """Arrays of what each step decided: token, confidence, commit_step, nominal_step, block, logit signals."""
         took_part = [i for i, step in enumerate(self._steps) if step.active[sample]]
         n, steps = len(took_part), self._steps
+        length = max((int(steps[i].numbers.max(initial=-1)) + 1 for i in took_part), default=self.gen_length)
+        token = np.full((n, length), -1, np.int32)
+        place, computed = np.full((n, length), -1, np.int32), np.zeros((n, length), np.uint8)
+        for at, i in enumerate(took_part):
+            numbers = steps[i].numbers
+            token[at, numbers] = steps[i].tokens[sample]
+            place[at, numbers] = np.arange(len(numbers))
+            computed[at, numbers] = steps[i].computed[sample]
         out: dict[str, np.ndarray] = {
-            "token": np.array([steps[i].tokens[sample] for i in took_part], np.int32).reshape(n, self.gen_length),
+            "token": token,
+            "slot_place": place,
+            "recomputed": computed,
             "nominal_step": np.array([steps[i].clock.step for i in took_part], np.int32),
             "block": np.array([steps[i].clock.block for i in took_part], np.int32),
+            "phase_of_pass": np.array([_PASSES[steps[i].clock.phase.value] for i in took_part], np.uint8),
         }
         for name, rows in self._rows.items():
-            out[name] = np.full((n, self.gen_length), np.nan, np.float32)
-            for place, i in enumerate(took_part):
+            out[name] = np.full((n, length), np.nan, np.float32)
+            for at, i in enumerate(took_part):
                 if i in rows:
-                    self._place(out[name][place], steps[i].slots, rows[i][sample].float().cpu().numpy())
-        commit_step = np.full(self.gen_length, -1, np.int32)
-        for place, i in enumerate(took_part):
-            slots = steps[i].slots[steps[i].committed[sample].cpu().numpy()]
-            commit_step[slots[slots >= 0]] = place
+                    self._place(out[name][at], steps[i].slots, rows[i][sample].float().cpu().numpy())
+        commit_step = np.full(length, -1, np.int32)
+        for at, i in enumerate(took_part):
+            commit_step[steps[i].numbers[steps[i].written[sample]]] = at
+            remasked = steps[i].remasked
+            if remasked is not None:
+                commit_step[self._answer(steps[i].slots, remasked[sample])] = -1
         out["commit_step"] = commit_step
         return out
+
+    @staticmethod
+    def _answer(slots: np.ndarray, chosen: Tensor) -> np.ndarray:
+        found = slots[chosen.cpu().numpy()]
+        return found[found >= 0]
 
     @staticmethod
     def _place(target: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from probe.compile_call import Call, bind, layer_error
-from probe.compile_encoder import check_edit, check_encoder, check_written, looking_error
+from probe.compile_call import Call, bind
+from probe.compile_encoder import check_looking, check_parts, check_site
+from probe.compile_fit import check_layers, check_scores
 from probe.errors import ProbeError
 from probe.recipe import Part, ProbeSpec, Recipe
 from probe.recipe_at import Layers, Steps
@@ -139,7 +140,10 @@ class _Compiler:
 
     def probes(self) -> list[BoundProbe]:
         if self.site.in_encoder:
-            check_encoder(self.spec, self.facts, self.fail)
+            try:
+                check_site(self.site, self.spec.at.steps, self.facts)
+            except Wrong as error:
+                raise self.fail(str(error), *error.path) from None
         layers = self.layers()
         edits: list[Edit | None] = [None] * len(layers)
         records: list[tuple[Record, ...]] = [()] * len(layers)
@@ -191,7 +195,8 @@ class _Compiler:
         params = {k: v for k, v in part.params.items() if k != "as" or entry.kind != "signal"}
         inside = (*path, part.name)
         try:
-            return [bind(entry, params, i, layers, varies=varies) for i in range(layers)]
+            inside_of = {"score": self.words.scores, "selection": self.words.selections}
+            return [bind(entry, params, i, layers, varies=varies, words=inside_of) for i in range(layers)]
         except Wrong as error:
             words = str(error)
             raise self.recipe.fault(
@@ -211,10 +216,11 @@ class _Compiler:
                 where = " or ".join(f"`{s}`" for s in sites)
                 raise self.fail(f"`{part.name}` is recorded at {where}, not at `{self.site}`", "record", j)
             (call,) = self.call(entry, part, 1, "record", j, varies=False)
-            if self.site is Site.ENCODER_LAYER_ATTENTION and (
-                fault := looking_error(0, self.facts, call.variants[0], attends=True)
-            ):
-                raise self.fail(fault[1], "record", j, part.name, fault[0])
+            if self.site is Site.ENCODER_LAYER_ATTENTION:
+                try:
+                    check_looking(0, self.facts, call.variants[0], attends=True)
+                except Wrong as error:
+                    raise self.fail(str(error), "record", j, part.name) from None
             found.append(Record(call, part.variable))
         return tuple(found)
 
@@ -241,70 +247,21 @@ class _Compiler:
         if spec.score is not None and score is not None:
             scores = list(self.call(score, spec.score, n, "score"))
         for layer, given, select, do in zip(layers, scores, selects, dos, strict=True):
-            self.check_score(select.entry, given)
-            if self.site.in_encoder:
-                check_edit(self.site, layer, self.facts, given, select, do, self.fail)
+            try:
+                check_scores(given, select, do)
+                if self.site.in_encoder:
+                    check_parts(layer, self.facts, given, select, do, spec.do.params)
+                else:
+                    check_layers(self.site, layer, given, select, do)
+            except Wrong as error:
+                raise self.fail(str(error), *error.path) from None
             self.check_duration(do)
-            if given is not None:
-                self.check_attention(layer, given)
         return [Edit(a, b, c) for a, b, c in zip(scores, selects, dos, strict=True)]
 
-    def check_score(self, selection: Entry, score: Call | None) -> None:
-        """A selection that reads one number per token, or one per pair of tokens, must get just that."""
-        wanted = {"score": "per_token", "similarity": "pairwise"}
-        kinds = [kind for name, kind in wanted.items() if name in selection.needs]
-        pairs = "one number per pair of tokens (such as `similarity`)"
-        single = "one number per token (such as `attention`)"
-        if not kinds and score is not None:
-            raise self.fail(f"the selection `{selection.name}` looks at no score; remove `score`", "score")
-        if not kinds:
-            return
-        need = pairs if kinds == ["pairwise"] else single
-        if score is None:
-            raise self.fail(f"the selection `{selection.name}` needs a `score` with {need}", "select")
-        for kind in {_kind(score.entry, params) for params in score.variants}:
-            if kind not in kinds:
-                gives = (pairs if kind == "pairwise" else single).split(" (")[0]
-                raise self.fail(
-                    f"the selection `{selection.name}` needs {need}, but `{score.entry.name}` gives {gives} here",
-                    "score",
-                )
-
-    def check_attention(self, layer: int | None, score: Call) -> None:
-        if self.site.in_encoder:
-            self.check_looking(layer, score)
-            return
-        if not {"attention", "received"} & set(score.entry.needs):
-            return
-        for params in score.variants:
-            relative = params.get("layer", 0)
-            if isinstance(relative, int) and (words := layer_error(self.site, layer, relative)):
-                path = ("layer",) if "layer" in (self.spec.score.params if self.spec.score else {}) else ()
-                raise self.fail(words, "score", score.entry.name, *path)
-
-    def check_looking(self, layer: int | None, score: Call) -> None:
-        """In the encoder, attention and keys belong to a layer that has run; behind the layers it must be named."""
-        if not {"received", "keys"} & set(score.entry.needs):
-            return
-        written = self.spec.score.params if self.spec.score else {}
-        for params in score.variants:
-            if fault := looking_error(layer, self.facts, params, attends="received" in score.entry.needs):
-                key, words = fault
-                if key not in written:
-                    key, words = "", f"`{key}`: {words}"
-                raise self.fail(words, "score", score.entry.name, *([key] if key else []))
-
     def check_duration(self, do: Call) -> None:
-        if self.site.in_encoder:
-            check_written(self.spec.do.params if self.spec.do else {}, self.fail, do.entry.name)
-            return
         if self.site is Site.FINAL and any(p.get("lasts", "generation") == "forward" for p in do.variants):
             raise self.fail(
                 "at `final` the step is over, so it can only change the next ones: set `lasts: generation`",
                 *("do", do.entry.name, "lasts"),
             )
 
-
-def _kind(entry: Entry, params: dict[str, Any]) -> str:
-    kind = entry.meta.get("kind", "per_token")
-    return str(kind(params) if callable(kind) else kind)

@@ -90,8 +90,8 @@ def check_parts(
 
 def _no_text_tower(part: str, model: str) -> str:
     return (
-        f"`{part}` compares patches with the question, but {model} comes with no text tower; put the one that its encoder "
-        "was trained with into the folder `text_tower` of the checkpoint (docs/encoder.md)"
+        f"`{part}` compares patches with the question, but {model} comes with no text tower; put the one that its "
+        "encoder was trained with into the folder `text_tower` of the checkpoint (docs/encoder.md)"
     )
 
 
@@ -119,9 +119,11 @@ def check_looking(
     own = facts.encoder_layers - 1 if layer is None else layer
     if named > 0:
         raise Wrong(
-            f"`layer: {named}` is relative to encoder layer {own}, and layer {own + named} has not run then; use 0 or a "
-            "negative number",
+            f"`layer: {named}` is relative to encoder layer {own}, and layer {own + named} has not run then; use 0 or "
+            "a negative number",
             *path,
         )
     if own + named < 0:
-        raise Wrong(f"`layer: {named}` is relative to encoder layer {own}, which has no layer {-named} before it", *path)
+        raise Wrong(
+            f"`layer: {named}` is relative to encoder layer {own}, which has no layer {-named} before it", *path
+        )

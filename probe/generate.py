@@ -15,8 +15,9 @@ from probe.assemble import Gatherer, StepLogits
 from probe.backbones.base import Backbone, Prompt
 from probe.canvas import make_canvas
 from probe.compile import ProbeTable
+from probe.decoding.draw import draws
 from probe.looking import Recorder
-from probe.loop import Finished, Rule, Step, denoise, generators
+from probe.loop import Finished, Rule, Step, denoise
 from probe.probe_code import CodeProbe
 from probe.timing import PHASES, Stopwatch
 from probe.tracer import Tracer
@@ -75,7 +76,7 @@ def generate(
         code_probes=code_probes,
     )
     gatherer = Gatherer(table, tracer.kit.dims.layers, rule.gen_length, reference=reference, collected=collected)
-    events = denoise(canvas, tracer, rule, backbone.embed, generators(seed, numbers))
+    events = denoise(canvas, tracer, rule, backbone.embed, draws(seed, numbers))
     finished: Finished | None = None
     while finished is None:
         with watch.section("sampler"):
@@ -117,6 +118,7 @@ def generate(
             "seconds_total": np.array(total),
             "flops_total": np.array(flops.sum()),
             "peak_memory": np.array(_peak_memory(device)),
+            "rows_computed": np.array([tracer.rows[i][b] for i in passes], np.int32),
             "prompt_length": np.array(prompt.embeds.shape[0]),
         }
         ids = finished.output[b]

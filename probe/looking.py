@@ -6,6 +6,7 @@ the number of its queries. The same (layer, queries, form) is computed once, who
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from probe.attend import Form, RowRequest, ask, forget
 from probe.backbones.base import Backbone
-from probe.canvas import Canvas
 from probe.compile import BoundProbe, Call
 from probe.cost import DecoderDims
 from probe.errors import ProbeError
@@ -77,7 +77,7 @@ class Looking:
         self._records: dict[Attended, list[tuple[str, Call]]] = {}
         self._scored: set[Attended] = set()
         self._under_way: dict[Attended, _Gathering] = {}
-        self._received: dict[Attended, Tensor] = {}
+        self._received: dict[Attended, tuple[Tensor, Layout]] = {}
         self._rows: dict[QuerySet, tuple[Layout, tuple[Tensor, Tensor] | None]] = {}
         for probe in probes:
             self._note(probe)
@@ -102,8 +102,11 @@ class Looking:
         """Time spent inside belongs to the probes."""
         return self._watch.section("probe")
 
-    def ask(self, layer: int, layout: Layout) -> int:
-        """Put this layer's requests to its attention module. Returns their FLOPs, for the whole batch."""
+    def ask(self, layer: int, layout: Layout, keys: Layout) -> int:
+        """Put this layer's requests for rows of `layout` to its attention module.
+
+        Returns their FLOPs against the columns `keys`, for the whole batch.
+        """
         requests, flops = [], 0
         for key in sorted(self._wanted.get(layer, ())):
             found = self._query_rows(key[1], layout)
@@ -113,14 +116,14 @@ class Looking:
             self._under_way[key] = gathering
             rows = gathering.rows.repeat(self._streams, 1)
             requests.append(RowRequest(rows, key[2], gathering.receive))
-            scored = self._dims.scored_rows(rows.shape[1], layout.width, key[2])
-            averaged = self._dims.averaged_rows(rows.shape[1], layout.width, key[2])
+            scored = self._dims.scored_rows(rows.shape[1], keys.width, key[2], layer)
+            averaged = self._dims.averaged_rows(rows.shape[1], keys.width, key[2], layer)
             flops += layout.batch * (self._streams * scored + averaged)
         if requests:
             ask(self._backbone.layers[layer].attention, requests, self.timed)
         return flops
 
-    def reduce(self, layer: int, layout: Layout) -> None:
+    def reduce(self, layer: int, keys: Layout) -> None:
         """The layer's attention has run: hand what was asked of it to the recorder, keep what scores need."""
         if layer not in self._wanted:
             return
@@ -134,8 +137,8 @@ class Looking:
                 received = gathering.total
                 given = {
                     "received": received,
-                    "key_role": layout.role,
-                    "key_visual": layout.visual,
+                    "key_role": keys.role,
+                    "key_visual": keys.visual,
                     "n_visual": n_visual,
                 }
                 clock = self._request.clock
@@ -144,17 +147,19 @@ class Looking:
                     value = signal.entry.function(*needed, **signal.params(clock))
                     self._recorder.add(name, clock.pass_index, layer, value)
                 if key in self._scored:
-                    by_token = torch.full((*received.shape[:2], n_visual + 1), torch.nan, device=received.device)
-                    index = layout.visual.where(layout.visual >= 0, n_visual)
-                    index = index[:, None].expand(-1, received.shape[1], -1)
-                    self._received[key] = by_token.scatter_(2, index, received)
+                    self._received[key] = received, keys
 
-    def received(self, key: Attended, sample: int, visual: Tensor, probe: str) -> Tensor:
-        """`(head, n)`: what one sample's visual tokens with these original indices received."""
+    def has(self, key: Attended) -> bool:
+        """Whether rows of this kind were there to look."""
+        return key in self._received
+
+    def received(self, key: Attended, sample: int, rows: Tensor, probe: str) -> Tensor:
+        """`(head, n)`: what one sample's tokens in these rows of the canvas received."""
         if key not in self._received:
             step = self._request.clock.step
             raise ProbeError(f"probe `{probe}` at step {step}: there are no `{key[1]}` rows to score with")
-        return self._received[key][sample].index_select(1, visual)
+        received, keys = self._received[key]
+        return received[sample].index_select(1, keys.locate_in(sample, rows))
 
     def release(self) -> None:
         """Forget what an interrupted forward left on the attention modules."""
@@ -174,8 +179,10 @@ class Looking:
             per_sample = list(layout.visual_rows)
         elif queries == "all":
             per_sample = [torch.arange(n, device=device) for n in layout.length]
+        elif queries == "last":
+            per_sample = [torch.tensor([n - 1], device=device) for n in layout.length]
         else:
-            start = [_start_rows(queries, self._request.canvas, self._request, b) for b in range(layout.batch)]
+            start = [_start_rows(queries, self._request, b, self._backbone.shift) for b in range(layout.batch)]
             if any(not rows for rows in start):
                 return None
             width = max(len(rows) for rows in start)
@@ -196,23 +203,34 @@ def attended(layer: int, params: dict[str, Any]) -> Attended:
     return layer, params["queries"], params["form"]
 
 
-def _start_rows(queries: QuerySet, canvas: Canvas, request: Pass, b: int) -> list[int]:
-    """Rows (numbered at the start) of a query set that the host knows."""
-    prompt = canvas.prompt_length[b]
+def _start_rows(queries: QuerySet, request: Pass, b: int, shift: int) -> list[int]:
+    """Rows of the canvas, by number, of a query set that the host knows; only those that the pass computes."""
+    canvas, prompt = request.canvas, request.work.prompt
+    last_prompt = canvas.prompt_length[b] - 1
     match queries:
         case "masked":
             return request.masked[b]
         case "filled":
             return request.filled[b]
         case "answer":
-            return canvas.answer_rows[b]
-        case "last":
-            return [prompt + canvas.gen_length + canvas.suffix_length - 1]
+            return request.computed[b]
+        case "predicting":
+            return _predicting(request, b, shift)
         case "last_prompt":
-            return [prompt - 1]
+            return [last_prompt] if prompt != "none" else []
         case "question":
-            return canvas.rows_of(Role.QUESTION, b)
+            return canvas.rows_of(Role.QUESTION, b) if prompt == "all" else []
         case "system":
-            return canvas.rows_of(Role.SYSTEM, b)
+            return canvas.rows_of(Role.SYSTEM, b) if prompt == "all" else []
         case _:
             raise ProbeError(f"`{queries}` is no set of rows")
+
+
+def _predicting(request: Pass, b: int, shift: int) -> list[int]:
+    """The rows whose logits predict the masked slots: their own, or where logits are shifted the rows before them."""
+    if not shift:
+        return request.masked[b]
+    masked = set(request.masked[b])
+    last_prompt = request.canvas.prompt_length[b] - 1
+    order = ([last_prompt] if request.work.prompt != "none" else []) + request.computed[b]
+    return [before for before, row in itertools.pairwise(order) if row in masked]

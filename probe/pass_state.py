@@ -1,6 +1,10 @@
 """The state of one forward pass: the sequence as it shrinks, and the edits that shrink it.
 
 Hooks (in `tracer`) call in here; everything that depends on the order of layers within a pass lives in this file.
+
+Two layouts describe a layer: `layout`, the rows that the pass computes, and `keys`, the columns they attend to. In a
+pass that computes every row they are one. In a cached pass visual tokens are mostly columns: an edit then cuts columns,
+for this pass (`lasts: forward`) or out of the store (`lasts: generation`).
 """
 
 from __future__ import annotations
@@ -14,15 +18,17 @@ import torch
 from torch import Tensor
 
 from probe.backbones.base import Backbone
+from probe.backbones.rows import Rows
 from probe.canvas import Canvas
-from probe.compile import BoundProbe, ProbeTable
+from probe.compile import BoundProbe, Call, ProbeTable
 from probe.cost import DecoderDims
 from probe.ledger import Ledger
 from probe.looking import Looking, Recorder, attended
 from probe.loop import Pass
 from probe.selections import token_count
-from probe.site import Fate, Plan
-from probe.surgery import Layout, hide, narrow, replan, take
+from probe.site import Fate, Phase, Plan
+from probe.store import KeyStore, cut_columns
+from probe.surgery import Layout, hide, narrow, replan, select, take, take_columns
 from probe.timing import Stopwatch
 
 
@@ -37,6 +43,7 @@ class Kit:
     recorder: Recorder
     watch: Stopwatch
     seeds: tuple[int, ...]
+    store: KeyStore
 
 
 class PassState:
@@ -45,17 +52,29 @@ class PassState:
     def __init__(self, kit: Kit, request: Pass, probes: Sequence[BoundProbe]) -> None:
         self.kit = kit
         self.clock = request.clock
+        self.request = request
         self.batch = request.canvas.layout.batch
         self.streams = 2 if request.guided else 1
         self.canvas = request.canvas
         self.canvas_after = request.canvas
         self.layout: Layout = request.canvas.layout
+        self.keys: Layout = self.layout
+        self.cached = request.work.cached and not request.work.refresh and not kit.store.empty
         self.flops: dict[str, int] = {"backbone": 0, "probe": 0}
         self._changed = False
         self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope_start: tuple[int, ...] = ()
         self._between: Tensor | None = None
         self._mlp_out: Tensor | None = None
         self._long_width = 0
+        self._cuts: list[tuple[Sequence[Plan | None], Layout]] = []
+        self._key_index: dict[int, list[Tensor]] = {}
+        self._late_cuts: list[tuple[int, Sequence[Plan | None], Layout]] = []
+        self._shrunk = False
+        self._masks: tuple[Tensor | None, ...] = ()
+        self._ids: Tensor | None = None
+        self._masked: Layout | None = None
+        self._masked_rows: Layout | None = None
         self.looking = Looking(kit.backbone, kit.dims, kit.recorder, kit.watch, request, self.streams, probes)
         self._ordinal = {p.name: i for i, p in enumerate(kit.table.probes)}
 
@@ -67,31 +86,120 @@ class PassState:
 
     def model_inputs(self) -> dict[str, Any]:
         """Arguments of the language model for this pass, both streams under guidance."""
+        work, backbone, store = self.request.work, self.kit.backbone, self.kit.store
         embeds = self.canvas.embeds
         if self.streams == 2:
-            mask_embed = self.kit.backbone.embed(torch.tensor(self.kit.backbone.special.mask, device=embeds.device))
+            mask_embed = backbone.embed(torch.tensor(backbone.special.mask, device=embeds.device))
             embeds = torch.cat([embeds, self.canvas.unconditional(mask_embed)])
         self.layout = self.canvas.layout
-        mask = self.layout.key_mask()
+        tail = self.request.tail
+        if tail is not None:
+            self.layout, index = select(self.layout, work.prompt, tail)
+            embeds = take(embeds, index, self.streams)
+        if work.cached:
+            if work.refresh:
+                store.clear()
+            places = range(self.canvas.layout.tail[0]) if tail is None else sorted(set(tail.flatten().tolist()))
+            store.begin(places, prompt=work.prompt == "all", rows=self.layout.width)
+        self.keys = store.columns(0, self.layout) if self.cached else self.layout
+        self._rope_start = self._start()
+        self._masks = self._who_sees_whom()
         return {
-            "inputs_embeds": embeds,
-            "position_ids": self.layout.position.repeat(self.streams, 1),
-            "attention_mask": None if mask is None else mask.repeat(self.streams, 1),
+            "inputs_embeds": self._conditioned(embeds),
+            "position_ids": self._row_ids(),
+            "attention_mask": self._masks[0] if len(self._masks) == 1 else self._masks,
+            "past_key_values": _Columns(self) if work.cached else None,
             "use_cache": False,
         }
 
+    def _conditioned(self, embeds: Tensor) -> Tensor:
+        """Slots that show noise, as the model wants to see them; never written back to the canvas."""
+        if not self.request.conditioned:
+            return embeds
+        rows = self.layout.locate(self.request.rows)[..., None].expand(-1, -1, embeds.shape[-1])
+        seen = self.kit.backbone.condition(embeds.gather(1, rows), self.request.previous_logits)
+        return embeds.scatter(1, rows, seen.to(embeds.dtype))
+
+    def _rows(self, layout: Layout, position: Tensor, place: Tensor | None) -> Rows:
+        request = self.request
+        window = [(rows[0], rows[-1] + 1) if rows else (0, 0) for rows in request.window]
+        return Rows(
+            position=position,
+            place=_places(layout) if place is None else place,
+            row=layout.row,
+            visual=layout.visual,
+            real=layout.key_mask(),
+            window=window or [(0, 0)] * self.batch,
+            pictures=self.canvas.pictures,
+        )
+
+    def _query_rows(self) -> Rows:
+        """The rows that this pass computes, as the backbone is told of them."""
+        place = None
+        if self.keys is not self.layout:
+            place = self.keys.locate(self.layout.row.clamp(min=0))
+        return self._rows(self.layout, self._positions(), place)
+
+    def _row_ids(self) -> Tensor:
+        """The layers' `position_ids`, both streams under guidance."""
+        ids = self.kit.backbone.row_ids(self._query_rows())
+        return ids if self.streams == 1 else torch.cat([ids] * self.streams, self.kit.backbone.ids_batch_axis)
+
+    def _who_sees_whom(self) -> tuple[Tensor | None, ...]:
+        """The masks of the sequence as it is now, one per kind of layer, both streams under guidance."""
+        query = self._query_rows()
+        keys = query if self.keys is self.layout else self._rows(self.keys, self.keys.position, None)
+        masks = self.kit.backbone.sees(query, keys)
+        return masks if self.streams == 1 else tuple(None if m is None else torch.cat([m] * 2) for m in masks)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether stored layers differ so that hooks must carry their masks and positions, probes or none."""
+        return self.cached and (bool(self._cuts) or self.kit.store.uneven)
+
+    def _start(self) -> tuple[int, ...]:
+        """Where answer slots begin for the layer that runs now: where its stored keys say so."""
+        return self.keys.answer_start if self.cached else self.layout.answer_start
+
+    def _positions(self) -> Tensor:
+        """`(batch, row[, axes])` rotary positions of the computed rows at the layer that runs now."""
+        position = self.layout.position
+        moved = [a - b for a, b in zip(self._start(), self.layout.answer_start, strict=True)]
+        if any(moved):
+            by = torch.tensor(moved, device=position.device)
+            position = position + by.reshape(-1, *[1] * (position.dim() - 1))
+        return position
+
+    def store_columns(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's attention hands over fresh keys and values: what it attends to."""
+        key, value = self.kit.store.write(layer, self.layout, key, value, self.streams)
+        for index in self._key_index.get(layer, ()):
+            key, value = take_columns(key, index, self.streams), take_columns(value, index, self.streams)
+        return key, value
+
     def count_all_layers(self) -> None:
         """FLOPs of a pass that no hook watches."""
-        for _ in range(self.kit.dims.layers):
-            self._count(self.layout.width, self.layout.width)
+        for layer in range(self.kit.dims.layers):
+            self._count(layer, self.layout.width, self.keys.width, self.layout.width)
 
-    def _count(self, rows: int, mlp_rows: int) -> None:
+    def _count(self, layer: int, rows: int, keys: int, mlp_rows: int) -> None:
         dims = self.kit.dims
-        self.flops["backbone"] += self.streams * self.batch * (dims.attention(rows, rows) + dims.mlp_block(mlp_rows))
+        cost = dims.attention(rows, keys, layer) + dims.mlp_block(mlp_rows, layer)
+        self.flops["backbone"] += self.streams * self.batch * cost
 
     def leave_attention(self, layer: int) -> None:
         """A layer's attention has run."""
-        self.looking.reduce(layer, self.layout)
+        self.looking.reduce(layer, self.keys)
+
+    def finish(self) -> None:
+        """The pass is over: what was removed for good leaves the layers of the store that had already run."""
+        store = self.kit.store
+        for first_layer, plans, said_of in self._late_cuts:
+            for layer in range(first_layer):
+                store.cut(layer, plans, said_of, self.streams)
+        if self._shrunk and store.layers[0] is not None:
+            held = store.layers[0].layout
+            store.place_answers([n - t for n, t in zip(held.length, held.tail, strict=True)])
 
     # -- edits --------------------------------------------------------------------------------------------------
 
@@ -101,18 +209,38 @@ class PassState:
         """A layer begins: its `layer.input` probes act, give it the tables of the sequence as it is now."""
         if self._rope is None:
             self._rope = kwargs["position_embeddings"]
+        if self.cached:
+            self._enter_columns(layer)
         for probe in probes:
             hidden = self._act(probe, layer, hidden, first_layer=layer)
-        if self._changed:
+        if self._changed or self.cached:
             kwargs = {
                 **kwargs,
                 "position_embeddings": self._rope,
-                "position_ids": self.layout.position.repeat(self.streams, 1),
-                "attention_mask": self._attention_mask(),
+                "attention_mask": self._mask_of(layer),
             }
-        self.flops["probe"] += self.looking.ask(layer, self.layout)
+        if self._changed and "position_ids" in kwargs:
+            kwargs["position_ids"] = self._ids
+        self.flops["probe"] += self.looking.ask(layer, self.layout, self.keys)
         self._rows_at = self._mlp_rows = hidden.shape[1]
+        self._keys_at = self.keys.width
         return hidden, kwargs
+
+    def _enter_columns(self, layer: int) -> None:
+        """A layer of a cached pass begins: its own columns, without what was cut earlier in this pass."""
+        keys = self.kit.store.columns(layer, self.layout)
+        indices = []
+        for plans, said_of in self._cuts:
+            keys, index = cut_columns(keys, plans, said_of)
+            if index is not None:
+                indices.append(index)
+        self._key_index[layer] = indices
+        self.keys = keys
+        if self._start() != self._rope_start:
+            self._rope_start = self._start()
+            position = torch.cat([self._positions()] * self.streams)
+            cos, _ = cast(tuple[Tensor, Tensor], self._rope)
+            self._rope = self.kit.backbone.rotary(cos, position)
 
     def cut_between(self, layer: int, hidden: Tensor, probes: Sequence[BoundProbe]) -> Tensor:
         """Between attention and MLP: the shortened residual stream, kept for `leave_layer`."""
@@ -134,9 +262,13 @@ class PassState:
     def leave_layer(self, layer: int, hidden: Tensor, probes: Sequence[BoundProbe]) -> Tensor:
         """A layer ends: its output on the sequence as it is now, after its `layer.output` probes."""
         if self._between is not None and self._mlp_out is not None:
-            hidden = self._between + self._mlp_out
+            join = self.kit.backbone.layers[layer].join
+            if join is None:
+                hidden = self._between + self._mlp_out
+            else:
+                hidden = join(self._between, self._mlp_out, self._row_ids())
             self._between = self._mlp_out = None
-        self._count(self._rows_at, self._mlp_rows)
+        self._count(layer, self._rows_at, self._keys_at, self._mlp_rows)
         for probe in probes:
             hidden = self._act(probe, layer, hidden, first_layer=layer + 1)
         return hidden
@@ -169,53 +301,87 @@ class PassState:
         if plans is None:
             return
         lasting = options["lasts"] == "generation"
-        self.kit.ledger.note(self.canvas.layout, plans, 0, lasting=lasting)
+        before = self.canvas.layout
+        self.kit.ledger.note(before, plans, 0, lasting=lasting)
         self.canvas = _edited(self.canvas, plans, options)
-        self.layout = self.canvas.layout
+        self.layout = self.keys = self.canvas.layout
         if lasting:
             self.canvas_after = self.canvas
+        if self.cached:  # the rows are columns in the store by now
+            if lasting:
+                self._cut_store(0, plans, before, options)
+            else:
+                self._cuts.append((plans, before))
 
     def at_final(self, probe: BoundProbe, hidden: Tensor) -> None:
         """A probe on final-normed states. An edit decided there takes effect with the next step."""
         if probe.edit is None:
             self._record(probe, None, hidden)
             return
-        plans, options = self._decide(probe, None, hidden, self.layout)
+        seen = self.keys if self.cached else self.layout
+        plans, options = self._decide(probe, None, hidden, seen)
         if plans is not None:
-            self._edit_canvas_after(plans, options)
-            self.kit.ledger.note(self.layout, plans, self.kit.dims.layers, lasting=True)
+            self._edit_canvas_after(plans, options, seen)
+            self.kit.ledger.note(seen, plans, self.kit.dims.layers, lasting=True)
+            self._late_cuts.append((self.kit.dims.layers, plans, seen))
 
-    def _edit_canvas_after(self, plans: Sequence[Plan | None], options: dict[str, Any]) -> None:
+    def _edit_canvas_after(self, plans: Sequence[Plan | None], options: dict[str, Any], said_of: Layout) -> None:
         target = self.canvas_after.layout
-        said = [None if p is None else replan(p, self.layout, target, b) for b, p in enumerate(plans)]
+        said = [None if p is None else replan(p, said_of, target, b) for b, p in enumerate(plans)]
         self.canvas_after = _edited(self.canvas_after, said, options)
+        self._shrunk |= options.get("answer_positions") == "shrunk"
 
-    def _attention_mask(self) -> Tensor | None:
-        mask = self.layout.key_mask()
-        return None if mask is None else mask.repeat(self.streams, 1)[:, None, None, :]
+    def _mask_of(self, layer: int) -> Tensor | None:
+        """The mask of a layer for the sequence as it is now."""
+        if self._masked is not self.keys or self._masked_rows is not self.layout:
+            self._masked, self._masked_rows = self.keys, self.layout
+            self._masks, self._ids = self._who_sees_whom(), self._row_ids()
+        return self._masks[self.kit.backbone.layers[layer].kind]
 
     def _cut(self, probe: BoundProbe, layer: int, hidden: Tensor, *, first_layer: int) -> Tensor:
-        plans, options = self._decide(probe, layer, hidden, self.layout)
+        before = self.keys if self.cached else self.layout
+        plans, options = self._decide(probe, layer, hidden, before)
         if plans is None:
             return hidden
         lasting = options["lasts"] == "generation"
-        self.kit.ledger.note(self.layout, plans, first_layer, lasting=lasting)
+        self.kit.ledger.note(before, plans, first_layer, lasting=lasting)
         if lasting:
-            self._edit_canvas_after(plans, options)
+            self._edit_canvas_after(plans, options, before)
+        if self.cached:
+            if lasting:
+                self._cut_store(first_layer, plans, before, options)
+            else:
+                self._cuts.append((plans, before))
+            if first_layer == layer:
+                self._enter_columns(layer)
+            return hidden
+        if lasting and self.request.work.cached:
+            self._late_cuts.append((first_layer, plans, before))
         self._changed = True
         if _fate(plans) is Fate.MASKED:
-            self.layout = hide(self.layout, plans)
+            self.layout = self.keys = hide(self.layout, plans)
             return hidden
         self.layout, index = narrow(
             self.layout, plans, positions=options["positions"], order=options.get("order", "raster")
         )
+        self.keys = self.layout
         hidden = take(hidden, index, self.streams)
         if options["positions"] == "compact":
-            self._rope = self.kit.backbone.rotary(hidden, self.layout.position.repeat(self.streams, 1))
+            self._rope = self.kit.backbone.rotary(hidden, torch.cat([self._positions()] * self.streams))
         else:
             cos, sin = cast(tuple[Tensor, Tensor], self._rope)
             self._rope = take(cos, index, self.streams), take(sin, index, self.streams)
         return hidden
+
+    def _cut_store(
+        self, first_layer: int, plans: Sequence[Plan | None], said_of: Layout, options: dict[str, Any]
+    ) -> None:
+        """Columns leave the store: at once in the layers still to run, after the pass in those that have."""
+        store = self.kit.store
+        for layer in range(first_layer, self.kit.dims.layers):
+            store.cut(layer, plans, said_of, self.streams)
+        self._late_cuts.append((first_layer, plans, said_of))
+        self._shrunk |= options.get("answer_positions") == "shrunk"
 
     def _decide(
         self, probe: BoundProbe, layer: int | None, hidden: Tensor, layout: Layout
@@ -224,6 +390,8 @@ class PassState:
         edit = probe.edit
         assert edit is not None
         select, options = edit.select.params(self.clock), edit.do.params(self.clock)
+        if self.clock.phase is Phase.PREFILL and edit.score is not None and self._unseen(edit.score, layer):
+            return None, options  # its query rows come with the first denoising pass
         plans: list[Plan | None] = []
         for b in range(self.batch):
             n = layout.n_visual[b]
@@ -261,14 +429,20 @@ class PassState:
             if "received" in needs:
                 assert layer is not None
                 key = attended(layer + score_params.get("layer", 0), score_params)
-                ids = layout.visual[b].index_select(0, rows)
-                given["received"] = self.looking.received(key, b, ids, probe.name)
+                given["received"] = self.looking.received(key, b, layout.row[b].index_select(0, rows), probe.name)
             value = edit.score.entry.function(*(given[k] for k in edit.score.entry.needs), **score_params)
             value = value.to(hidden.device)
             given["similarity" if value.dim() == 2 else "score"] = value
             if "flops" in edit.score.entry.meta:
                 self.flops["probe"] += edit.score.entry.meta["flops"](n, hidden.shape[-1])
         return edit.select.entry.function(*(given[k] for k in edit.select.entry.needs), **params)
+
+    def _unseen(self, score: Call, layer: int | None) -> bool:
+        """Whether a score reads attention from rows that this pass does not have."""
+        if layer is None or "received" not in score.entry.needs:
+            return False
+        params = score.params(self.clock)
+        return not self.looking.has(attended(layer + params.get("layer", 0), params))
 
     def _embeddings(self, b: int, visual: Tensor) -> Tensor:
         """Embeddings of the visual tokens with these original indices, as they entered the language model."""
@@ -296,3 +470,25 @@ def _edited(canvas: Canvas, plans: Sequence[Plan | None], options: dict[str, Any
     if _fate(plans) is Fate.MASKED:
         return canvas.hidden(plans)
     return canvas.narrowed(plans, positions=options["positions"], order=options.get("order", "raster"))
+
+
+def _places(layout: Layout) -> Tensor:
+    """`(batch, length)`: every row's own place."""
+    return torch.arange(layout.width, device=layout.row.device).expand_as(layout.row)
+
+
+class _Columns:
+    """What a layer's attention takes for a key-value cache: it stores through the state of the pass."""
+
+    is_compileable = False
+
+    def __init__(self, state: PassState) -> None:
+        self._state = state
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Fresh keys (after rotary) and values of a layer in; all columns that its queries attend to out."""
+        return self._state.store_columns(layer_idx, key, value)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given explicitly, so nothing is counted from here."""
+        return 0

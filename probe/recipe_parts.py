@@ -152,6 +152,17 @@ class Data(Section):
         return self.file or self.task or "world/mixed"
 
 
+def _answer(value: Any) -> Any:
+    """A text with `[MASK]` for open slots, or slot -> token (an id, or a text of one token)."""
+    if isinstance(value, dict):
+        slots = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()}
+        wrong = [k for k in slots if isinstance(k, bool) or not isinstance(k, int) or k < 0]
+        if wrong:
+            raise Wrong(f"names slots by their number, counted from 0, but {describe(wrong[0])} stands here", wrong[0])
+        return slots
+    return value
+
+
 class Generate(Section):
     """The denoising loop's settings; what is unset is the task's or the backbone's own."""
 
@@ -164,6 +175,10 @@ class Generate(Section):
     stop: Annotated[tuple[str, ...] | None, BeforeValidator(_items)] = None
     suffix: str | None = None
     think: bool | None = None
+    answer: Annotated[str | dict[int, int | str] | None, BeforeValidator(_answer)] = None
+    unmask: Part | None = None
+    cache: Part | None = None
+    length: Part | None = None
     seed: int = Field(default=0, ge=0)
 
 

@@ -6,12 +6,11 @@ nothing recorded, interleaved sample by sample, and only those times are compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -21,10 +20,10 @@ from probe.assemble import StepLogits
 from probe.backbones import load
 from probe.backbones.base import Backbone
 from probe.compile import ProbeTable, Record, compile_recipe
-from probe.decoding.unmask import Remasking
 from probe.errors import ProbeError
 from probe.generate import Generated, OnStep, generate
-from probe.loop import Rule, Step
+from probe.generation import rule_for
+from probe.loop import Step
 from probe.probe_code import CodeProbe
 from probe.recipe import Recipe
 from probe.run_files import failure_of, open_writer, output_folder, record_of
@@ -77,40 +76,6 @@ class _Side:
     def records(self) -> list[Record]:
         """The signals that it records."""
         return [record for probe in self.table.probes for record in probe.records]
-
-
-def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *, pictures: bool) -> Rule:
-    """The loop's settings for one sample: the recipe's, else the task's suggestion, else the backbone's own.
-
-    A `gen_length` of the recipe's own takes one block and the suggested steps in proportion, unless it says otherwise.
-    """
-    own = recipe.generate
-    base = {
-        "gen_length": backbone.defaults.gen_length,
-        "block_length": backbone.defaults.block_length,
-        "steps": backbone.defaults.steps,
-    } | dict(suggested)
-    gen_length = own.gen_length or base["gen_length"]
-    changed = gen_length != base["gen_length"]
-    block_length = own.block_length or (gen_length if changed else base["block_length"])
-    in_proportion = max(1, round(base["steps"] * gen_length / base["gen_length"]))
-    steps = own.steps or (in_proportion if changed else base["steps"])
-    stop = own.stop if own.stop is not None else (backbone.defaults.stop if pictures else ())
-    remasking = own.remasking or "low_confidence"
-    if remasking not in get_args(Remasking):
-        raise ProbeError(f"generate.remasking is `{remasking}`; known: {', '.join(get_args(Remasking))}")
-    return Rule(
-        gen_length=gen_length,
-        block_length=block_length,
-        steps=steps,
-        mask_id=backbone.special.mask,
-        suppressed=backbone.special.suppressed,
-        temperature=own.temperature or 0.0,
-        remasking=cast(Remasking, remasking),
-        cfg_scale=own.cfg_scale or 0.0,
-        stop=tuple(tuple(backbone.tokenize(s)) for s in stop),
-        suffix=tuple(backbone.tokenize(own.suffix)) if own.suffix else (),
-    )
 
 
 def samples_of(recipe: Recipe) -> Iterator[data.Sample | ProbeError]:

@@ -33,6 +33,7 @@ QuerySet = Literal[
     "answer",
     "masked",
     "filled",
+    "predicting",
     "last",
     "last_prompt",
     "question",
@@ -43,11 +44,12 @@ QuerySet = Literal[
     "raters_answer",
     "cls",
 ]
-"""Which rows of the sequence look: all answer slots, those still masked, those filled, the last row of the sequence,
-the last row before the answer, the question's, the system prompt's, the alive visual tokens', or every row. `raters`
-are the rows of the question that matter to the picture (`probe.scores.raters`), `raters_answer` chooses them from
-question and answer slots together. In an image encoder: the class token (`cls`, where it has one), the patches of a
-view (`visual`), or both (`all`)."""
+"""Which rows of the sequence look: all answer slots, those still masked, those filled, the rows whose logits predict
+the masked slots (where logits are shifted, each the row before its slot), the last row of the sequence, the last row
+before the answer, the question's, the system prompt's, the alive visual tokens', or every row. Only rows that the pass
+computes count: in a cached pass a row that is not computed does not look. `raters` are the rows of the question that
+matter to the picture (`probe.scores.raters`), `raters_answer` chooses them from question and answer slots together. In
+an image encoder: the class token (`cls`, where it has one), the patches of a view (`visual`), or both (`all`)."""
 
 
 class Fate(IntEnum):
@@ -87,6 +89,8 @@ class Clock:
     nominal_steps: int
     n_blocks: int
     phase: Phase = Phase.DENOISE
+    committed: tuple[float, ...] = ()
+    """Per sample: the share of the answer slots that held a token before this pass."""
 
     @property
     def progress(self) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,12 +27,12 @@ Order = Literal["raster", "score"]
 class Layout:
     """What stands at each row of a (batched, right-padded) sequence.
 
-    All `(batch, length)`: `row` int64, the row of the canvas at its start (-1 padding); `role` int8;
-    `position` int64, the rotary position; `visual` int64, the original visual index or -1; `hidden_key` bool or
+    All `(batch, length)`: `row` int64, the row's number on the canvas (-1 padding); `role` int8; `position` int64, the
+    rotary position, or `(batch, length, axes)`; `visual` int64, the original visual index or -1; `hidden_key` bool or
     None: rows whose keys no query may see. Per sample: `length` real rows; `visual_rows (n,)` int64 the rows of its
-    alive visual tokens (newlines included) in the order in which they stand; `other_rows (m,)` int64 all others.
-    `length_at_start` is the canvas's width when it was made (`row` values are below it); `pristine` says that
-    nothing was removed since.
+    alive visual tokens (newlines included) in the order in which they stand; `other_rows (m,)` int64 all others; `tail`
+    rows behind the prompt (answer and suffix); `answer_start` the position of the first answer slot.
+    `length_at_start` is above every row number; `pristine` says that row r stands at place r.
     """
 
     row: Tensor
@@ -42,6 +43,8 @@ class Layout:
     other_rows: tuple[Tensor, ...]
     length: tuple[int, ...]
     length_at_start: int
+    tail: tuple[int, ...]
+    answer_start: tuple[int, ...]
     hidden_key: Tensor | None = None
     pristine: bool = True
 
@@ -79,19 +82,41 @@ class Layout:
         now.scatter_(1, self.row.where(self.row >= 0, n), here)
         return now.gather(1, rows)
 
+    def locate_in(self, sample: int, rows: Tensor) -> Tensor:
+        """Where these rows `(n,)` of one sample stand now; all must be alive."""
+        if self.pristine:
+            return rows
+        now = torch.zeros(self.length_at_start + 1, dtype=torch.int64, device=self.row.device)
+        own = self.row[sample]
+        now.scatter_(0, own.where(own >= 0, self.length_at_start), torch.arange(self.width, device=own.device))
+        return now[rows]
 
-def make_layout(roles: Sequence[Tensor], visuals: Sequence[Tensor], device: torch.device | str) -> Layout:
-    """The layout of a fresh canvas from each sample's `role (P,)` and `visual (P,)`, padded on the right."""
+
+def make_layout(
+    roles: Sequence[Tensor],
+    visuals: Sequence[Tensor],
+    device: torch.device | str,
+    positions: Sequence[Tensor] | None = None,
+    tail: int = 0,
+) -> Layout:
+    """The layout of a fresh canvas from each sample's `role (P,)`, `visual (P,)` and `position (P[, axes])`.
+
+    Padded on the right. Positions are 0..P-1 where none are given; `tail` rows of each sample stand behind its prompt.
+    """
     width = max(role.shape[0] for role in roles)
     batch = len(roles)
     row = torch.full((batch, width), -1, dtype=torch.int64)
     role = torch.full((batch, width), int(Role.PAD), dtype=torch.int8)
     visual = torch.full((batch, width), -1, dtype=torch.int64)
-    position = torch.zeros((batch, width), dtype=torch.int64)
+    axes = positions[0].shape[1:] if positions is not None else ()
+    position = torch.zeros((batch, width, *axes), dtype=torch.int64)
+    starts = []
     visual_rows, other_rows, length = [], [], []
     for b, (r, v) in enumerate(zip(roles, visuals, strict=True)):
         n = r.shape[0]
-        row[b, :n] = position[b, :n] = torch.arange(n)
+        row[b, :n] = torch.arange(n)
+        position[b, :n] = row[b, :n] if positions is None else positions[b].cpu()
+        starts.append(int(position[b, n - tail].max()) if tail else n)
         role[b, :n] = r.cpu()
         visual[b, :n] = v.cpu()
         visual_rows.append((visual[b, :n] >= 0).nonzero()[:, 0].to(device))
@@ -106,6 +131,8 @@ def make_layout(roles: Sequence[Tensor], visuals: Sequence[Tensor], device: torc
         other_rows=tuple(other_rows),
         length=tuple(length),
         length_at_start=width,
+        tail=(tail,) * batch,
+        answer_start=tuple(starts),
     )
 
 
@@ -147,11 +174,16 @@ def narrow(
         y = x.gather(1, index)
         return torch.where(real, y, torch.full_like(y, filler)) if padded else y
 
-    position = moved(layout.position, 0)
+    position = take(layout.position, index)
+    starts = list(layout.answer_start)
     if positions == "compact":
-        fresh = torch.arange(width, device=device).expand_as(position)
-        cut = torch.tensor([plan is not None for plan in plans], device=device)[:, None]
+        extra = (1,) * (position.dim() - 2)
+        fresh = torch.arange(width, device=device).reshape(1, width, *extra).expand_as(position)
+        cut = torch.tensor([plan is not None for plan in plans], device=device).reshape(-1, 1, *extra)
         position = torch.where(cut, fresh, position)  # a sample that lost nothing keeps what it had
+        for b, plan in enumerate(plans):
+            if plan is not None:
+                starts[b] = gathers[b].shape[0] - layout.tail[b]
     new = replace(
         layout,
         row=moved(layout.row, -1),
@@ -161,6 +193,7 @@ def narrow(
         visual_rows=tuple(kept_rows),
         other_rows=tuple(others),
         length=tuple(g.shape[0] for g in gathers),
+        answer_start=tuple(starts),
         hidden_key=None if layout.hidden_key is None else layout.hidden_key.gather(1, index),
         pristine=False,
     )
@@ -187,12 +220,135 @@ def hide(layout: Layout, plans: Sequence[Plan | None]) -> Layout:
     return replace(layout, hidden_key=hidden, visual_rows=tuple(visual_rows), other_rows=tuple(other_rows))
 
 
+def select(layout: Layout, prompt: Literal["all", "none", "last"], tail: np.ndarray) -> tuple[Layout, Tensor]:
+    """The rows that a pass computes: of the prompt all, none or the last, behind it the places `tail (batch, t)`.
+
+    Returns the layout of just these rows and the gather index `(batch, new length)`. Nothing waits for the device.
+    """
+    device = layout.row.device
+    n_prompt = [n - t for n, t in zip(layout.length, layout.tail, strict=True)]
+    kept = {"all": n_prompt, "none": [0] * layout.batch, "last": [1] * layout.batch}[prompt]
+    width = max(kept) + tail.shape[1]
+    place = np.zeros((layout.batch, width), np.int64)
+    real = np.zeros((layout.batch, width), bool)
+    for b, (n, k) in enumerate(zip(n_prompt, kept, strict=True)):
+        place[b, :k] = np.arange(n - k, n)
+        place[b, k : k + tail.shape[1]] = n + tail[b]
+        real[b, : k + tail.shape[1]] = True
+    index, alive = torch.from_numpy(place).to(device), torch.from_numpy(real).to(device)
+    visual_rows, other_rows = [], []
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    for b, k in enumerate(kept):
+        behind = torch.arange(k, k + tail.shape[1], device=device)
+        if prompt == "all":
+            n_other = n_prompt[b] - layout.visual_rows[b].shape[0]
+            visual_rows.append(layout.visual_rows[b])
+            other_rows.append(torch.cat([layout.other_rows[b].sort().values[:n_other], behind]))
+        else:
+            visual_rows.append(nothing)
+            other_rows.append(torch.arange(k + tail.shape[1], device=device))
+
+    def moved(x: Tensor, filler: int) -> Tensor:
+        y = x.gather(1, index)
+        return y if real.all() else torch.where(alive, y, torch.full_like(y, filler))
+
+    new = replace(
+        layout,
+        row=moved(layout.row, -1),
+        role=moved(layout.role, int(Role.PAD)),
+        position=take(layout.position, index),
+        visual=moved(layout.visual, -1),
+        visual_rows=tuple(visual_rows),
+        other_rows=tuple(other_rows),
+        length=tuple(k + tail.shape[1] for k in kept),
+        tail=(tail.shape[1],) * layout.batch,
+        hidden_key=None if layout.hidden_key is None else layout.hidden_key.gather(1, index),
+        pristine=False,
+    )
+    return new, index
+
+
+def extend(layout: Layout, more: Layout) -> Layout:
+    """The rows of `layout`, then those of `more`, which must be none of them (padding may stand between)."""
+    offset = layout.width
+    hidden = None
+    if layout.hidden_key is not None or more.hidden_key is not None:
+        parts = [
+            torch.zeros_like(x.row, dtype=torch.bool) if x.hidden_key is None else x.hidden_key for x in (layout, more)
+        ]
+        hidden = torch.cat(parts, 1)
+    return replace(
+        layout,
+        row=torch.cat([layout.row, more.row], 1),
+        role=torch.cat([layout.role, more.role], 1),
+        position=torch.cat([layout.position, more.position], 1),
+        visual=torch.cat([layout.visual, more.visual], 1),
+        visual_rows=tuple(
+            torch.cat([a, b + offset]) for a, b in zip(layout.visual_rows, more.visual_rows, strict=True)
+        ),
+        other_rows=tuple(torch.cat([a, b + offset]) for a, b in zip(layout.other_rows, more.other_rows, strict=True)),
+        length=tuple(a + b for a, b in zip(layout.length, more.length, strict=True)),
+        length_at_start=max(layout.length_at_start, more.length_at_start),
+        tail=tuple(a + b for a, b in zip(layout.tail, more.tail, strict=True)),
+        hidden_key=hidden,
+        pristine=False,
+    )
+
+
+def resize(layout: Layout, source: np.ndarray, fresh: np.ndarray) -> tuple[Layout, Tensor]:
+    """Answer slots come and go (a batch of one): `source (new tail,)` places behind the prompt, -1 for a new slot.
+
+    New slots get the row numbers `fresh`. Positions behind the prompt are counted anew. Returns the layout and the
+    gather index `(1, new length)`; the rows of new slots point at row 0 and are the caller's to fill.
+    """
+    device = layout.row.device
+    n_prompt = layout.length[0] - layout.tail[0]
+    order = np.concatenate([np.arange(n_prompt), np.where(source < 0, 0, n_prompt + source)])
+    index = torch.from_numpy(order).to(device)[None]
+    new = torch.from_numpy(np.concatenate([np.zeros(n_prompt, bool), source < 0])).to(device)[None]
+    row = layout.row.gather(1, index)
+    row[new] = torch.from_numpy(fresh).to(device)
+    role = layout.role.gather(1, index).masked_fill(new, int(Role.ANSWER))
+    visual = layout.visual.gather(1, index).masked_fill(new, -1)
+    position = take(layout.position, index)
+    count = torch.arange(len(source), device=device) + layout.answer_start[0]
+    position[0, n_prompt:] = count.reshape(-1, *[1] * (position.dim() - 2)).expand_as(position[0, n_prompt:])
+    n_other = n_prompt - layout.visual_rows[0].shape[0]
+    behind = torch.arange(n_prompt, len(order), device=device)
+    changed = replace(
+        layout,
+        row=row,
+        role=role,
+        position=position,
+        visual=visual,
+        other_rows=(torch.cat([layout.other_rows[0].sort().values[:n_other], behind]),),
+        length=(len(order),),
+        length_at_start=layout.length_at_start + len(fresh),
+        tail=(len(source),),
+        hidden_key=None if layout.hidden_key is None else layout.hidden_key.gather(1, index).masked_fill(new, False),
+        pristine=False,
+    )
+    return changed, index
+
+
 def take(x: Tensor, index: Tensor, streams: int = 1) -> Tensor:
     """Gather rows of `x (streams * batch or 1, length, ...)` at `index (batch, new length)`."""
     rows = index.repeat(streams, 1) if streams > 1 else index
     if x.shape[0] == 1 and rows.shape[0] > 1:
         x = x.expand(rows.shape[0], *x.shape[1:])
     return x.gather(1, rows.reshape(*rows.shape, *[1] * (x.dim() - 2)).expand(*rows.shape, *x.shape[2:]))
+
+
+def take_columns(x: Tensor, index: Tensor, streams: int = 1) -> Tensor:
+    """Gather columns of stored keys or values `x (streams * batch, head, column, size)` at `index (batch, new)`."""
+    at = index.repeat(streams, 1)[:, None, :, None]
+    return x.gather(2, at.expand(x.shape[0], x.shape[1], at.shape[2], x.shape[3]))
+
+
+def put_columns(x: Tensor, index: Tensor, fresh: Tensor, streams: int = 1) -> None:
+    """In place: columns of `x` at `index (batch, n)` take `fresh (streams * batch, head, n, size)`."""
+    at = index.repeat(streams, 1)[:, None, :, None]
+    x.scatter_(2, at.expand_as(fresh), fresh)
 
 
 def restore(full: Tensor, short: Tensor, index: Tensor, streams: int = 1) -> Tensor:

@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from probe.backbones.base import Backbone
 from probe.canvas import Canvas
-from probe.compile import BoundProbe, ProbeTable
-from probe.cost import decoder_dims
+from probe.compile import BoundProbe, Call, ProbeTable
 from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult
 from probe.pass_state import Kit, PassState
 from probe.probe_code import CodeProbe, run_traced
-from probe.site import Site
+from probe.site import Clock, Site
+from probe.store import KeyStore
 from probe.timing import Stopwatch
 
 
@@ -45,7 +46,7 @@ class Tracer:
         code_probes: Sequence[CodeProbe] = (),
     ) -> None:
         device = canvas.embeds.device
-        dims = decoder_dims(backbone.lm.config, backbone.facts.vocabulary)
+        dims = backbone.costs
         self.kit = Kit(
             backbone=backbone,
             table=table,
@@ -54,10 +55,14 @@ class Tracer:
             recorder=recorder or Recorder(),
             watch=watch or Stopwatch(device),
             seeds=tuple(seeds),
+            store=KeyStore(dims.layers),
         )
+        self.shift = backbone.shift
         self.code_probes = tuple(code_probes)
         self.flops: list[dict[str, int]] = []
         """FLOPs of the whole batch by phase, one entry per pass."""
+        self.rows: list[tuple[int, ...]] = []
+        """Rows that each sample's first layer computed, one entry per pass."""
 
     def __call__(self, request: Pass) -> PassResult:
         """Run one pass: edits before the model, the model with its hooks, the head on the wanted rows."""
@@ -65,32 +70,52 @@ class Tracer:
         watch.step = request.clock.pass_index
         firing = kit.table.at(request.clock)
         state = PassState(kit, request, firing)
-        kit.ledger.begin(request.canvas.layout.n_visual)
+        kit.ledger.begin(cached=state.cached)
         with watch.section("probe"):
             for probe in (p for p in firing if p.site is Site.BEFORE_LM):
                 state.at_canvas(probe)
         with watch.section("backbone"):
             hidden = self._run(state, [p for p in firing if p.site.has_layers], request)
-        rows = state.layout.locate(request.rows).repeat(state.streams, 1)
+        places = self._head_places(state, request)
         with watch.section("head"):
+            rows = places.repeat(state.streams, 1)
             wanted = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
             logits = kit.backbone.head(wanted)
         with watch.section("probe"):
             for probe in (p for p in firing if p.site is Site.FINAL):
                 state.at_final(probe, hidden)
+        state.finish()
+        if request.work.cached:
+            kit.ledger.keep_columns()
         state.flops["head"] = kit.dims.head(rows.numel())
         self.flops.append(state.flops)
-        return PassResult(logits, state.canvas_after)
+        own = request.canvas.layout
+        return PassResult(logits, state.canvas_after, own.length, own.locate(request.rows))
+
+    def _head_places(self, state: PassState, request: Pass) -> Tensor:
+        """`(batch, c)`: where the rows stand that predict the wanted slots."""
+        rows = request.rows
+        if self.shift:
+            rows = torch.where(request.previous >= 0, request.previous, rows)
+        return state.layout.locate(rows)
+
+    def wants_every_row(self, clock: Clock) -> str | None:
+        """Which probe of this step looks at rows that a cached pass does not compute, and why."""
+        for probe in self.kit.table.at(clock):
+            if reason := needs_prompt_rows(probe, clock):
+                return f"probe `{probe.name}` {reason}"
+        return None
 
     def _run(self, state: PassState, probes: list[BoundProbe], request: Pass) -> Tensor:
         inputs = state.model_inputs()
+        self.rows.append(state.layout.length)
         code = [c for c in self.code_probes if c.fires(request.clock)]
         with ExitStack() as stack:
-            if probes:
+            if probes or state.uneven:
                 stack.callback(state.looking.release)
                 for handle in attach(self.kit.backbone, state, probes):
                     stack.callback(handle.remove)
-            if not probes:
+            else:
                 state.count_all_layers()
             if code:
                 hidden, saved = run_traced(self.kit.backbone, inputs, code, request.clock)
@@ -100,6 +125,28 @@ class Tracer:
                 return hidden
             hidden = self.kit.backbone.lm(**inputs).last_hidden_state
             return cast(Tensor, hidden)
+
+
+def needs_prompt_rows(probe: BoundProbe, clock: Clock) -> str | None:
+    """Why an intervention must see prompt rows computed in this very pass; None when it need not."""
+    edit = probe.edit
+    if edit is None:
+        return None
+    needs = {*edit.select.entry.needs, *(edit.score.entry.needs if edit.score is not None else ())}
+    if probe.site is not Site.BEFORE_LM and "hidden" in needs and not _reads_embedding(edit.score, clock):
+        return "reads the hidden states of visual tokens"
+    queries = edit.score.params(clock).get("queries") if edit.score is not None else None
+    if "received" in needs and queries in PROMPT_QUERIES:
+        return f"scores with attention from `{queries}` rows"
+    return None
+
+
+PROMPT_QUERIES = ("question", "system", "visual")
+"""Query sets that stand in the prompt."""
+
+
+def _reads_embedding(score: Call | None, clock: Clock) -> bool:
+    return score is not None and score.params(clock).get("space") == "embedding"
 
 
 def attach(backbone: Backbone, state: PassState, probes: Sequence[BoundProbe]) -> list[Any]:

@@ -1,8 +1,19 @@
-"""Importing this module registers the built-in signals, scores, selections and operations."""
+"""Importing this module registers the built-in signals, scores, selections, operations and decoding policies."""
 
 from __future__ import annotations
 
 from probe import operations, scores, selections, signals
+from probe.decoding import autoregressive, caching, confidence, length
 from probe.signals import encoder
 
-__all__ = ["encoder", "operations", "scores", "selections", "signals"]
+__all__ = [
+    "autoregressive",
+    "caching",
+    "confidence",
+    "encoder",
+    "length",
+    "operations",
+    "scores",
+    "selections",
+    "signals",
+]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from probe.backbones import llada_v_config
+from probe.backbones import lavida_config, llada_v_config
 from probe.backbones.checkpoint import EMBEDDED, Checkpoint, resolve
 from probe.errors import ProbeError
 from probe.registry import Entry, Registry
@@ -62,6 +62,22 @@ def llada_v() -> type[Backbone]:
     return LladaV
 
 
+@backbones.register(
+    accepts=lavida_config.is_lavida,
+    facts=lavida_config.facts_of,
+    count=lavida_config.visual_count,
+    published=(
+        Published(lavida_config.DREAM_NAME, lavida_config.dream_facts, lavida_config.published_count),
+        Published(lavida_config.LLADA_NAME, lavida_config.llada_facts, lavida_config.published_count),
+    ),
+)
+def lavida() -> type[Backbone]:
+    """LaViDa: Dream (Qwen2, logits shifted) or LLaDA (Llama) without a causal mask, pooled SigLIP tiles."""
+    from probe.backbones.lavida import Lavida
+
+    return Lavida
+
+
 def load(
     name: str | Path,
     *,
@@ -75,8 +91,8 @@ def load(
 
     `dtype` is a torch type or its name; `auto` takes the stored one, except that float16 becomes float32 on
     a CPU. `attention` names an attention implementation (`sdpa`, `eager`, ...; None: the adapter's choice).
-    Further `options` belong to the adapter (LLaDA-V: `vocab`, `special`, `encoder_attention`). Raises
-    `ProbeError`.
+    Further `options` belong to the adapter (LLaDA-V and LaViDa: `vocab`, `special`, `encoder_attention`; LaViDa:
+    `rope_dtype`, `pool`, `several`). Raises `ProbeError`.
     """
     checkpoint = resolve(name, revision=revision)
     adapter = adapter_of(checkpoint).function()

@@ -8,14 +8,17 @@ probes, recipes, the loop or traces.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from probe.cost import EncoderDims
+from probe.backbones.rows import Rows
+from probe.cost import DecoderDims, EncoderDims, decoder_dims
 from probe.errors import ProbeError
 from probe.site import ModelFacts, Role
 
@@ -28,7 +31,8 @@ class Prompt:
     `visual (P,)` int64: the index 0..V-1 within the visual span (newlines included), -1 elsewhere.
     `box (V, 4)` float32: what each visual token sees, as (x0, y0, x1, y1) fractions of its picture, NaN for newlines;
     `view (V,)` int16: 0 for the first picture's base view, then its tiles, then the next picture's views.
-    `picture (V,)` int16: which picture. Text-only prompts have V = 0.
+    `picture (V,)` int16: which picture. Text-only prompts have V = 0. `position (P,)` or `(P, axes)` int64 are rotary
+    positions (None: 0..P-1); answer slots continue after the largest on every axis.
 
     Where probes acted in the encoder, V counts every patch of every view and the tokens that were added to them, so
     most of them stand nowhere: `fate (V,)` uint8 of `Fate` says what became of each, and `unpruned` how many visual
@@ -42,6 +46,7 @@ class Prompt:
     box: Tensor
     view: Tensor
     picture: Tensor
+    position: Tensor | None = None
     fate: Tensor | None = None
     unpruned: int | None = None
 
@@ -119,6 +124,11 @@ class LayerModules:
     attention: nn.Module
     pre_mlp_norm: nn.Module
     mlp: nn.Module
+    pre_attention_norm: nn.Module | None = None
+    kind: int = 0
+    """Which of the masks that `Backbone.sees` returns the layer takes."""
+    join: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """`join(residual, MLP output, position ids)`: the layer's output; None: their sum."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +149,23 @@ class GenerationDefaults:
     block_length: int = 128
     steps: int = 128
     stop: tuple[str, ...] = field(default=())
+    unmask: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"confidence": {}})
+    """Name of the unmasking policy -> its settings, as a recipe writes `generate.unmask`."""
+    cache: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"none": {}})
+    """Name of the caching policy -> its settings, as a recipe writes `generate.cache`."""
 
 
 class Backbone(ABC, nn.Module):
     """A discrete-diffusion multimodal LLM behind one face. Weights in eval mode, no gradients."""
 
+    shift: int = 0
+    """The logits of row p - shift predict slot p (1: Dream, Dimple, autoregressive models)."""
+    causal: bool = False
+    """Whether a row sees only itself and what stands before it."""
+    ids_batch_axis: int = 0
+    """Which axis of `position_ids` counts the samples."""
+    batches: bool = True
+    """Whether samples of a right-padded batch come out as they would alone."""
     facts: ModelFacts
     special: SpecialIds
     defaults: GenerationDefaults
@@ -155,10 +177,12 @@ class Backbone(ABC, nn.Module):
     @property
     @abstractmethod
     def lm(self) -> nn.Module:
-        """The decoder without its head, called as `lm(inputs_embeds=, position_ids=, attention_mask=)`.
+        """The decoder without its head: `lm(inputs_embeds=, position_ids=, attention_mask=, past_key_values=)`.
 
         It returns an output whose `last_hidden_state` is final-normed. `attention_mask` None means that nothing is
-        padded; `(batch, length)` is true at real keys; 4-D is bool (true: may attend) or additive float.
+        hidden (a causal model stays causal); `(batch, key)` is true at real keys; 4-D is bool (true: may attend) or
+        additive float. `past_key_values` is None or has `update(key, value, layer_idx)`, which returns the keys (after
+        rotary) and values to attend to, and `get_seq_length()`.
         """
 
     @property
@@ -206,7 +230,32 @@ class Backbone(ABC, nn.Module):
 
     @abstractmethod
     def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """`(cos, sin)`, each `(batch, length, head size)` in the dtype of `hidden`, at `position (batch, length)`."""
+        """`(cos, sin)`, each `(batch, length, head size)`, at `position (batch, length[, axes])`."""
+
+    def position_ids(self, position: Tensor) -> Tensor:
+        """`(batch, length[, axes])` positions as `lm` takes them in `position_ids`."""
+        return position
+
+    def row_ids(self, rows: Rows) -> Tensor:
+        """What `lm` and its layers get in `position_ids` for these rows; more than positions, if a model needs it."""
+        return self.position_ids(rows.position)
+
+    def sees(self, query: Rows, key: Rows) -> tuple[Tensor | None, ...]:
+        """Who may attend to whom: one mask `(batch, 1, 1 or query, key)` bool per kind of layer; None: all to all."""
+        real = None if key.real is None else key.real[:, None, None, :]
+        if not self.causal or query.row.shape[1] == 1:
+            return (real,)
+        before = key.place[:, None, None, :] <= query.place[:, None, :, None]
+        return (before if real is None else before & real,)
+
+    def condition(self, embeds: Tensor, previous: Tensor | None) -> Tensor:
+        """Embeddings `(batch, c, width)` of slots that show noise, given their logits in an earlier pass, if any."""
+        return embeds
+
+    @cached_property
+    def costs(self) -> DecoderDims:
+        """What the decoder's layers and head cost (`probe.cost`)."""
+        return decoder_dims(self.lm.config, self.facts.vocabulary)
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:

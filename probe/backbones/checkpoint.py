@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
-SMALL_PATTERNS = ["*.json", "*.jinja"]
+SMALL_PATTERNS = ["*.json", "*.jinja", "merges.txt"]
+PATTERNS = [*SMALL_PATTERNS, "*.safetensors"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TEXT_TOWER = "text_tower"
 """The folder inside a checkpoint's where the text half of its encoder's model may lie."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from probe.backbones.base import Features, Prompt, Survivors, Views
 from probe.backbones.layout import Layout
-from probe.backbones.splice import IMAGE, Spliced
+from probe.backbones.sequence import Embed
+from probe.backbones.splice import IMAGE, splice
 from probe.errors import ProbeError
 from probe.site import Fate, Role
 
@@ -84,21 +85,24 @@ def token_boxes(left: Survivors) -> Tensor:
     return torch.where(hull.isfinite().all(-1, keepdim=True), hull, own)
 
 
-def pruned_prompt(done: Spliced, features: Features, joined: Joined, ids: Sequence[int], unpruned: int) -> Prompt:
-    """The prompt of a sequence into which `joined` was spliced.
+def prompt_of_survivors(
+    ids: Sequence[int], left: Survivors, joined: Joined, unpruned: int, embed: Embed, limit: int | None = None
+) -> Prompt:
+    """A sequence from ids in which `splice.IMAGE` stands for each place of `joined`.
 
-    `ids` are those before splicing; `unpruned` is the number of visual tokens without any pruning. Tokens that the
-    sequence's limit cut off are dropped ones.
+    `unpruned` is the number of visual tokens without any pruning. The sequence is cut to `limit` positions; tokens that
+    are cut off are dropped ones.
     """
-    left, device = survivors_of(features), done.embeds.device
+    device = joined.index.device
+    done = splice(torch.tensor([list(ids)], device=device), None, joined.tokens, embed, limit=limit)
     used = done.visual[0]
     there = used >= 0
-    visual = torch.where(there, joined.index.to(device)[used.clamp(min=0)], -1) if len(joined.index) else used
+    visual = torch.where(there, joined.index[used.clamp(min=0)], -1) if joined.index.shape[0] else used
     role = torch.full_like(used, int(Role.QUESTION), dtype=torch.int8)
     role[: list(ids).index(IMAGE) if IMAGE in ids else None] = int(Role.SYSTEM)
     role[there] = int(Role.VISUAL)
-    fate = left.fate.to(device).clone()
-    cut = torch.full_like(fate, True, dtype=torch.bool)
+    fate = left.fate.clone()
+    cut = torch.ones_like(fate, dtype=torch.bool)
     cut[visual[there]] = False
     fate[cut & (fate == int(Fate.KEPT))] = int(Fate.DROPPED)
     return Prompt(
@@ -106,9 +110,9 @@ def pruned_prompt(done: Spliced, features: Features, joined: Joined, ids: Sequen
         ids=done.ids[0],
         role=role,
         visual=visual,
-        box=token_boxes(left).to(device),
-        view=left.view.to(device, torch.int16),
-        picture=left.views.picture.to(device)[left.view.to(device)],
+        box=token_boxes(left),
+        view=left.view.to(torch.int16),
+        picture=left.views.picture.to(device)[left.view],
         fate=fate,
         unpruned=unpruned,
     )

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 from probe.backbones import llada_v_config as names
 from probe.backbones.base import SpecialIds
-from probe.backbones.prompt import Message, render
+from probe.backbones.prompt import Message
 from probe.errors import ProbeError
 
 
 class Tokenizer:
-    """A fast tokenizer, with the checkpoint's chat template when it has one, else the built-in rendering."""
+    """A checkpoint's tokenizer, with its chat template if it has one."""
 
     def __init__(self, fast: Any) -> None:
         self._fast = fast
@@ -40,24 +40,39 @@ class Tokenizer:
         """Text without special tokens."""
         return cast(str, self._fast.decode(list(ids), skip_special_tokens=True))
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint says how a chat is written."""
+        return bool(self._fast.chat_template)
+
     def render(self, chat: Sequence[Message]) -> str:
-        """A chat as the prompt string, with an open assistant turn at its end."""
-        if not self._fast.chat_template:
-            return render(chat)
-        prompt = self._fast.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+        """A chat as the prompt string of the checkpoint's template, with an open assistant turn at its end."""
+        if not self.has_template:
+            where = "tokenizer_config.json (`chat_template`) or chat_template.jinja"
+            raise ProbeError(f"the tokenizer has no chat template; put one into {where}")
+        try:
+            prompt = self._fast.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # what jinja raises, and what a template raises by itself
+            raise ProbeError(f"the tokenizer's chat template cannot render a question: {error}") from error
         return cast(str, prompt)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint's folder, or None when it has none."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from transformers import PreTrainedTokenizerFast
+    """The tokenizer of a checkpoint's folder, or None when it has none.
 
-    try:
-        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
-    except Exception as error:  # tokenizers raises plain Exception for a malformed file
-        raise ProbeError(f"{folder / 'tokenizer.json'} is no usable tokenizer: {error}") from error
+    Either tokenizer.json, or the vocab.json and merges.txt of a Qwen2 tokenizer (as Dream's, whose own class is
+    code of the checkpoint and is not run).
+    """
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    kinds = ((PreTrainedTokenizerFast, ("tokenizer.json",)), (Qwen2Tokenizer, ("vocab.json", "merges.txt")))
+    for kind, files in kinds:
+        if all((folder / name).is_file() for name in files):
+            try:
+                return Tokenizer(kind.from_pretrained(folder, local_files_only=True))
+            except Exception as error:  # tokenizers raises plain Exception for a malformed file
+                raise ProbeError(f"{folder / files[0]} is no usable tokenizer: {error}") from error
+    return None
 
 
 def special_ids(tokenizer: Tokenizer | None, given: SpecialIds | None, vocabulary: int, source: str) -> SpecialIds:
@@ -75,6 +90,11 @@ def special_ids(tokenizer: Tokenizer | None, given: SpecialIds | None, vocabular
             raise ProbeError(f"the tokenizer of {source} lacks {what}; give `special` ids instead")
         mask, eos, stop, *more = (cast(int, v) for v in found.values())
         given = SpecialIds(mask, eos, stop, (eos, *more))
+    return within(given, vocabulary, source)
+
+
+def within(given: SpecialIds, vocabulary: int, source: str) -> SpecialIds:
+    """The same ids, each of which must be a row of the model."""
     beyond = [i for i in (given.mask, given.eos, given.stop, *given.suppressed) if not 0 <= i < vocabulary]
     if beyond:
         what = f"special id {beyond[0]} is outside of the {vocabulary} rows of {source}"

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from probe.backbones import llada_v_config as names
 from probe.backbones.base import SpecialIds
+from probe.backbones.bidirectional import llama_config
 from probe.backbones.llada_v import LladaV
-from probe.backbones.llada_v_modules import llama_config, published_name, siglip_config
+from probe.backbones.siglip import siglip_config
 from probe.site import ModelFacts
 
 settings.register_profile("no-deadline", deadline=None)  # a busy machine is no failure
@@ -110,7 +111,7 @@ def write_checkpoint(
     weights = {}
     for name, like in shapes.items():
         value = torch.randn(like.shape, generator=generator) * (0.02 if "embed" in name else 0.15)
-        weights[published_name(name)] = (value + ("norm" in name and "weight" in name)).to(dtype)
+        weights[LladaV.published_name(name, {})] = (value + ("norm" in name and "weight" in name)).to(dtype)
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if pictures:

@@ -18,7 +18,8 @@ from probe.backbones.anyres import (
     padding_of,
     pinpoints_of,
 )
-from probe.backbones.llada_v_config import count_visual, published_geometry, visual_token_count
+from probe.backbones.llada_v_config import published_geometry, visual_token_count
+from probe.backbones.tiled_config import count_visual
 from probe.errors import ProbeError
 
 SIDES = st.integers(1, 4000)
