@@ -264,4 +264,3 @@ class _Compiler:
                 "at `final` the step is over, so it can only change the next ones: set `lasts: generation`",
                 *("do", do.entry.name, "lasts"),
             )
-

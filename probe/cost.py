@@ -36,12 +36,12 @@ class DecoderDims:
 
     def scored_rows(self, rows: int, keys: int, form: str, layer: int = 0) -> int:
         """Extra attention rows beside the kernel: one product per head (grouped heads add up first when averaged)."""
-        heads = self.kv_heads if form == "head_mean_logits" else self.heads
+        heads = self.heads if form == "softmax" else self.kv_heads
         return 2 * rows * keys * heads * self.head_size
 
     def averaged_rows(self, rows: int, keys: int, form: str, layer: int = 0) -> int:
         """Averaging those rows: one product with the rows' weights per head."""
-        return 2 * rows * keys * (1 if form == "head_mean_logits" else self.heads)
+        return 2 * rows * keys * (self.heads if form == "softmax" else 1)
 
 
 def decoder_dims(config: Any, vocabulary: int) -> DecoderDims:
@@ -90,7 +90,7 @@ class EncoderDims:
 
     def looked_rows(self, rows: int, keys: int, form: str) -> int:
         """Attention rows of one view beside the kernel, and averaging them."""
-        return 2 * rows * keys * self.width + 2 * rows * keys * (1 if form == "head_mean_logits" else self.heads)
+        return 2 * rows * keys * self.width + 2 * rows * keys * (self.heads if form == "softmax" else 1)
 
 
 def encoder_dims(config: Any, out_width: int) -> EncoderDims:

@@ -6,8 +6,7 @@ selection and its operation are given what they name, as in the language model.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 
 from probe.backbones.base import Backbone, Views
-from probe.compile import BoundProbe, ProbeTable
+from probe.compile import BoundProbe, Edit, ProbeTable
 from probe.cost import EncoderDims
 from probe.decide import asked, decide
 from probe.encoder_looking import BEFORE, EncoderLooking
+from probe.encoder_source import TokensOfViews
 from probe.encoder_state import Group, ViewState, shorten
 from probe.errors import ProbeError
-from probe.site import Fate, Site
+from probe.site import Fate, Plan, Site
 from probe.timing import Stopwatch
 
 
@@ -134,7 +134,7 @@ class EncoderPass:
                 self._record(probe, layer, hidden[:, lead:])
                 continue
             groups = self._groups(probe)
-            plans = [decide(probe.edit, _Tokens(self, probe, group, hidden, lead), BEFORE) for group in groups]
+            plans = [self._plan(probe, probe.edit, group, hidden, lead) for group in groups]
             if any(plan is not None for plan in plans):
                 self.state, hidden = shorten(self.state, hidden, groups, plans, lead=lead)
         return hidden
@@ -172,7 +172,24 @@ class EncoderPass:
         pictures = self.views.picture.tolist()
         return [tuple(v for v in wanted if pictures[v] == p) for p in dict.fromkeys(pictures[v] for v in wanted)]
 
-    def generator(self, probe: BoundProbe, view: int) -> torch.Generator:
+    def _plan(self, probe: BoundProbe, edit: Edit, group: Group, hidden: Tensor, lead: int) -> Plan | None:
+        tokens = TokensOfViews(
+            probe=probe,
+            group=group,
+            hidden=hidden,
+            lead=lead,
+            state=self.state,
+            looking=self.looking,
+            backbone=self.backbone,
+            text=self.text,
+            generator=self._generator(probe, group[0]),
+            with_class=bool(lead) and "cls" in edit.do.params(BEFORE).get("protect", ()),
+        )
+        plan = decide(edit, tokens, BEFORE)
+        self.flops["probe"] += tokens.flops
+        return None if plan is None else tokens.plan_of_patches(plan)
+
+    def _generator(self, probe: BoundProbe, view: int) -> torch.Generator:
         """Random numbers of one decision: by sample, probe, layer and (first) view."""
         generator = torch.Generator()
         seed = 0
@@ -181,66 +198,3 @@ class EncoderPass:
             seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
         generator.manual_seed(seed)
         return generator
-
-
-class _Tokens:
-    """What the parts of one probe are given, of the n tokens of one group of views (a `Source` of `probe.decide`)."""
-
-    def __init__(self, run: EncoderPass, probe: BoundProbe, group: Group, hidden: Tensor, lead: int) -> None:
-        self._run, self._probe, self._group = run, probe, group
-        self._hidden, self._lead = hidden, lead
-        self._numbers = run.state.numbers(group)
-        self._generator: torch.Generator | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where its tensors are."""
-        return self._hidden.device
-
-    def spend(self, flops: int) -> None:
-        """Note the FLOPs of matrix products that the decision cost."""
-        self._run.flops["probe"] += flops
-
-    def give(self, name: str, params: Mapping[str, Any]) -> Any:
-        """The input of this name; `params` say which attention or keys are meant."""
-        run, state, numbers = self._run, self._run.state, self._numbers
-        match name:
-            case "n":
-                return numbers.shape[0]
-            case "original":
-                return len(self._group) * run.views.box.shape[1]
-            case "progress":
-                return 0.0
-            case "generator":
-                if self._generator is None:
-                    self._generator = run.generator(self._probe, self._group[0])
-                return self._generator
-            case "hidden":
-                return state.rows(self._hidden, self._group, self._lead)
-            case "received":
-                return run.looking.received(self._probe, params, numbers)
-            case "keys":
-                return run.looking.keys(self._probe, params, numbers)
-            case "n_queries":
-                return run.looking.n_queries(self._probe, params, self._group)
-            case "size":
-                return state.size[numbers]
-            case "view":
-                return state.view[numbers] - run.views.picture.tolist().index(int(run.views.picture[self._group[0]]))
-            case "box":
-                box = run.views.box.to(self.device).flatten(0, 1)
-                seen = box[numbers.clamp(max=box.shape[0] - 1)]
-                return seen.where((numbers < box.shape[0])[:, None], torch.nan)  # a token that was added sees no place
-            case "row":
-                return torch.cat([torch.arange(state.counts[v], device=self.device) for v in self._group])
-            case "columns":
-                return math.isqrt(run.views.box.shape[1])
-            case "newline" | "cls":  # a row separator, the class token: never among the tokens of a view
-                return torch.zeros(numbers.shape[0], dtype=torch.bool, device=self.device)
-            case "image_features":
-                return run.backbone.text_space(self.give("hidden", params))
-            case "text_features":
-                return run.text()
-            case "layer_index":
-                return self._probe.layer
-        raise ProbeError(f"probe `{self._probe.name}`: `{name}` does not exist at `{self._probe.site}`")
