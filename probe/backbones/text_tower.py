@@ -29,15 +29,15 @@ _FIELDS = (
 class TextTower:
     """SigLIP's text model with its tokenizer."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        """Load the text half that lies in the folder `text_tower` of a checkpoint."""
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, kernel: str) -> None:
+        """Load the text half that lies in the folder `text_tower` of a checkpoint; `kernel` names its attention."""
         own = Checkpoint(checkpoint.folder / TEXT_TOWER, f"{checkpoint.source}/{TEXT_TOWER}")
         tokenizer = load_tokenizer(own.folder)
         if tokenizer is None or tokenizer.pad is None:
             raise ProbeError(f"{own.folder} needs the text model's tokenizer.json, with a padding token")
         self.tokenizer, self.pad = tokenizer, tokenizer.pad
         with torch.device("meta"):
-            self.model = SiglipTextModel(_config(own))
+            self.model = SiglipTextModel(_config(own, kernel))
         expected = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
         with own.tensors(str(device)) as weights:
             stored = {key: key.removeprefix(PREFIX) for key in weights.shapes}
@@ -75,14 +75,14 @@ class TextTower:
         return int(pieces * (config.num_hidden_layers * layer + 2 * config.hidden_size * config.projection_size))
 
 
-def _config(own: Checkpoint) -> SiglipTextConfig:
+def _config(own: Checkpoint, kernel: str) -> SiglipTextConfig:
     """The text model's settings, from its own config or from that of both halves."""
     told: dict[str, Any] = own.config.get("text_config", own.config)
     kind = str(own.config.get("model_type"))
     if not kind.startswith("siglip"):
         raise ProbeError(f"{own.folder}: model_type {kind!r}; a text tower is a SigLIP or SigLIP 2 model")
     try:
-        config = SiglipTextConfig(**{k: told[k] for k in _FIELDS if k in told}, attn_implementation="sdpa")
+        config = SiglipTextConfig(**{k: told[k] for k in _FIELDS if k in told}, attn_implementation=kernel)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ProbeError(f"{own.folder}: config.json does not describe a SigLIP text model: {error}") from error
     return config

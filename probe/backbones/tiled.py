@@ -263,7 +263,8 @@ class TiledBackbone(Backbone):
             raise ProbeError(f"{self.source} has no text tower")
         tower = self.__dict__.get("_text")  # no submodule: its weights are none of the checkpoint's own
         if tower is None:
-            tower = self.__dict__["_text"] = TextTower(self.checkpoint, self.device, self.dtype)
+            kernel = self._tower().config._attn_implementation
+            tower = self.__dict__["_text"] = TextTower(self.checkpoint, self.device, self.dtype, kernel)
         return cast(TextTower, tower)
 
     def text_space(self, hidden: Tensor) -> Tensor:
