@@ -8,11 +8,10 @@ probes fire.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from probe.compile_call import Call, bind
 from probe.compile_encoder import check_looking, check_parts, check_site
-from probe.compile_fit import check_layers, check_scores
+from probe.compile_fit import check_choice, check_layers, check_scores
 from probe.errors import ProbeError
 from probe.recipe import Part, ProbeSpec, Recipe
 from probe.recipe_at import Layers, Steps
@@ -249,6 +248,7 @@ class _Compiler:
         for layer, given, select, do in zip(layers, scores, selects, dos, strict=True):
             try:
                 check_scores(given, select, do)
+                check_choice(select, do)
                 if self.site.in_encoder:
                     check_parts(layer, self.facts, given, select, do, spec.do.params)
                 else:

@@ -99,7 +99,7 @@ class TokensOfViews:
         raise ProbeError(f"probe `{self.probe.name}`: `{name}` does not exist at `{self.probe.site}`")
 
     def _of_numbers(self, name: str) -> Tensor:
-        """`size (n,)`, `view (n,)` within the picture (0: its base view), or `box (n, 4)`, NaN where nothing is seen."""
+        """`size (n,)`, `view (n,)` within the picture (0: its base view), or `box (n, 4)`, NaN if nothing is seen."""
         own = self.numbers.clamp(max=self.state.view.shape[0] - 1)
         if name == "size":
             return torch.where(self.numbers == own, self.state.size[own], 1.0)

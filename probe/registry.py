@@ -7,6 +7,9 @@ A part of the vocabulary is a plain function. Its *positional* parameters name t
     def norm(hidden: Tensor, *, p: float = 2.0) -> Tensor:
         ...
 
+A keyword-only parameter whose annotation carries `Nested` takes another part of the vocabulary (or a list of them),
+spelled in a recipe like any part; the function gets it ready to be called.
+
 Installed packages add to a registry with an entry point of the group `probe.<kind>` (for example `probe.scores`).
 """
 
@@ -14,11 +17,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
 
@@ -29,6 +32,33 @@ def nearest(name: str, known: list[str]) -> str:
     """A tail for an error message: the nearest known name, or all of them when none is near."""
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Marks a parameter whose value is itself a part: `Annotated[Callable[...], Nested("selection")]`."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter that takes a part of the vocabulary, or (`many`) a list of at least one."""
+
+    kind: str
+    many: bool
+    required: bool
+
+
+def _nested(annotation: Any) -> tuple[str, bool] | None:
+    """The kind of part that an annotation asks for, and whether it is a list of them."""
+    if get_origin(annotation) is Annotated:
+        marks = [m for m in get_args(annotation)[1:] if isinstance(m, Nested)]
+        return (marks[0].kind, False) if marks else _nested(get_args(annotation)[0])
+    inside = [found for a in get_args(annotation) if (found := _nested(a))]
+    if not inside:
+        return None
+    return inside[0][0], inside[0][1] or get_origin(annotation) is tuple
 
 
 @dataclass(frozen=True)
@@ -46,15 +76,31 @@ class Entry:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return tuple(p.name for p in inspect.signature(self.function).parameters.values() if p.kind in kinds)
 
+    def reads(self, params: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of `needs` that the function looks at under these parameters; it gets None for the others."""
+        chosen = self.meta.get("reads")
+        return self.needs if chosen is None else tuple(n for n in self.needs if n in chosen(params))
+
     @cached_property
-    def params(self) -> type[BaseModel]:
-        """A pydantic model of the keyword-only parameters; unknown keys are refused."""
+    def _keywords(self) -> dict[str, tuple[Any, Any]]:
+        """Annotation and default (`...`: none) of every keyword-only parameter."""
         hints = get_type_hints(self.function, include_extras=True)
-        fields: dict[str, Any] = {
+        return {
             p.name: (hints.get(p.name, Any), ... if p.default is inspect.Parameter.empty else p.default)
             for p in inspect.signature(self.function).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """The parameters that take parts of the vocabulary."""
+        found = {name: (_nested(hint), default) for name, (hint, default) in self._keywords.items()}
+        return {name: Slot(*kind, default is ...) for name, (kind, default) in found.items() if kind is not None}
+
+    @cached_property
+    def params(self) -> type[BaseModel]:
+        """A pydantic model of the other keyword-only parameters; unknown keys are refused."""
+        fields: dict[str, Any] = {n: spelled for n, spelled in self._keywords.items() if n not in self.slots}
         return create_model(
             f"{self.kind}.{self.name}", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields
         )

@@ -154,13 +154,14 @@ class Choice:
 
     `kept` is `(k,)` int64, indices into the n alive visual tokens, best first (or in the order in which the selection
     wants them to stand: `order: score`). `into` is `(n,)` int64 or None: the token, of those n, that each one was
-    matched to (a kept one to itself, -1: to none). `part` is `(k,)` int64 or None: which part of a combination chose
-    each kept token.
+    matched to (a kept one to itself, -1: to none). `part` is `(k,)` int64 or None: which of the `parts` of a
+    combination chose each kept token (-1: none of them, it is protected).
     """
 
     kept: torch.Tensor
     into: torch.Tensor | None = None
     part: torch.Tensor | None = None
+    parts: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from probe import operations, scores, selections, signals
-from probe.decoding import autoregressive, caching, confidence, length
+from probe.decoding import autoregressive, caching, confidence, dimple, length
 from probe.signals import encoder
 
 __all__ = [
-    "autoregressive",
-    "caching",
-    "confidence",
-    "encoder",
-    "length",
-    "operations",
-    "scores",
-    "selections",
+    "autoregressive", "caching", "confidence", "dimple", "encoder", "length", "operations", "scores", "selections",
     "signals",
-]
+]  # fmt: skip

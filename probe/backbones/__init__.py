@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from probe.backbones import lavida_config, llada_v_config
+from probe.backbones import dimple_config, lavida_config, llada_v_config
 from probe.backbones.checkpoint import EMBEDDED, Checkpoint, resolve
 from probe.errors import ProbeError
 from probe.registry import Entry, Registry
@@ -78,6 +78,19 @@ def lavida() -> type[Backbone]:
     return Lavida
 
 
+@backbones.register(
+    accepts=dimple_config.is_dimple,
+    facts=dimple_config.facts_of,
+    count=dimple_config.visual_count,
+    published=(Published(dimple_config.PUBLISHED_NAME, dimple_config.published_facts, dimple_config.published_count),),
+)
+def dimple() -> type[Backbone]:
+    """Dimple: Qwen2 without a causal mask, Qwen2.5-VL's tower at the picture's own size, shifted logits."""
+    from probe.backbones.dimple import Dimple
+
+    return Dimple
+
+
 def load(
     name: str | Path,
     *,
@@ -92,7 +105,7 @@ def load(
     `dtype` is a torch type or its name; `auto` takes the stored one, except that float16 becomes float32 on
     a CPU. `attention` names an attention implementation (`sdpa`, `eager`, ...; None: the adapter's choice).
     Further `options` belong to the adapter (LLaDA-V and LaViDa: `vocab`, `special`, `encoder_attention`; LaViDa:
-    `rope_dtype`, `pool`, `several`). Raises `ProbeError`.
+    `rope_dtype`, `pool`, `several`; Dimple: `min_pixels`, `max_pixels`, `pixels`). Raises `ProbeError`.
     """
     checkpoint = resolve(name, revision=revision)
     adapter = adapter_of(checkpoint).function()

@@ -31,11 +31,11 @@ from probe.errors import ProbeError
 from probe.site import ModelFacts
 
 DREAM_DEFAULTS = GenerationDefaults(
-    gen_length=256, block_length=256, steps=256, cache="prefix",
+    gen_length=256, block_length=256, steps=256, cache={"prefix": {}},
     unmask={"dream": {"alg": "topk_margin", "top_k": 50}},
 )  # fmt: skip
 LLADA_DEFAULTS = GenerationDefaults(
-    gen_length=256, block_length=128, steps=256, cache="prefix", unmask={"lavida_llada": {}}
+    gen_length=256, block_length=128, steps=256, cache={"prefix": {}}, unmask={"lavida_llada": {}}
 )
 """As evaluated: greedily, over the prompt's cache. 50 is transformers' old default `top_k`, which the sampler reads
 from the model's config; it changes which tokens come first."""

@@ -33,6 +33,10 @@ class Draw:
         """One index per row of `(row, n)` probabilities, `(row,)` int64."""
         return torch.multinomial(probabilities.cpu(), 1, generator=self.generator)[:, 0]
 
+    def several(self, weights: Tensor, n: int) -> Tensor:
+        """`n` different indices into `weights (m,)`, likelier where it is larger, `(n,)` int64."""
+        return torch.multinomial(weights.cpu(), n, generator=self.generator)
+
     def poisson(self, rates: Tensor) -> Tensor:
         """Counts with these rates, of their shape."""
         return torch.poisson(rates.cpu(), generator=self.generator)

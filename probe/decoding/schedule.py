@@ -113,8 +113,13 @@ def dimple_share(masked: int, at_start: int, step: int, time: Tensor) -> int:
     With `r = masked / at_start`: the first later time `t_j < r` for which `int(masked (1 - t_j / r))` is at least 1;
     everything once the grid ends, and at the last step. ProbeError when `r` is not above the grid's end.
     """
+    return int(masked * dimple_chance(masked, at_start, step, time))
+
+
+def dimple_chance(masked: int, at_start: int, step: int, time: Tensor) -> Tensor:
+    """The share `1 - t_j / r` of `dimple_share` itself, `()` float32; 1 where everything is committed."""
     if step >= len(time) - 2:
-        return masked
+        return torch.ones(())
     rest = masked / at_start
     below = (time < rest).nonzero()
     if not len(below):
@@ -123,10 +128,10 @@ def dimple_share(masked: int, at_start: int, step: int, time: Tensor) -> int:
             f"({float(time[-1]):g}); use a smaller eps or a shorter answer"
         )
     for j in range(max(int(below[0]), step + 1), len(time) - 1):
-        count = int(masked * (1 - time[j] / rest))
-        if count >= 1:
-            return count
-    return masked
+        chance = 1 - time[j] / rest
+        if int(masked * chance) >= 1:
+            return chance
+    return torch.ones(())
 
 
 def dream(masked: int, steps: int, eps: float = 1e-3) -> list[int]:

@@ -123,7 +123,7 @@ def test_flops_include_the_text(folder: Path, picture: Image.Image) -> None:
     with FlopCounterMode(display=False) as counter:
         done = encode_with_probes(model, [picture], table, question=QUESTION)
     assert done.flops + done.probe_flops == counter.get_total_flops()
-    assert done.probe_flops > model.text_flops(QUESTION) > 0
+    assert done.probe_flops >= model.text_flops(QUESTION) > 0
 
 
 def test_without_a_text_tower_trim_is_refused_with_the_reason(tiny: LladaV) -> None:
