@@ -15,6 +15,10 @@ FOR_GOOD = (
 )
 
 
+_EXACT = ("bipartite", "deduplicate", "greedy_diverse", "stride", "then", "top_k")
+"""Selections that keep as many as `keep` says, whatever the picture."""
+
+
 def looks_at(probe: BoundProbe) -> str:
     """Which views a probe sees, and which tokens it decides on together."""
     views = {"all": "every view", "base": "base views alone", "tiles": "tiles alone"}[probe.views]
@@ -56,6 +60,6 @@ def _left(selection: str, params: dict[str, Any], n: int, patches: int) -> int |
     if isinstance(params.get("r"), int):
         return n - min(params["r"], n // 2)
     keep = params.get("keep")
-    if isinstance(keep, int | float):
+    if selection in _EXACT and isinstance(keep, int | float):
         return min(n, token_count(keep, patches, params.get("round", "floor")))
     return None

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from encoder_probes import (
+    EDITS,
+    INSIDE,
+    OUTPUT,
+    PICTURE,
+    PROJECTED,
+    RAGGED,
+    RANDOM,
+    RECORD,
+    TILES,
+    TOME,
+    encode,
+    plain,
+)
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -16,112 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from probe.backbones import load
 from probe.backbones.base import Features
 from probe.backbones.llada_v import LladaV
-from probe.compile import compile_recipe
 from probe.data import load as pictures
-from probe.encoder import Encoded, encode_with_probes
-from probe.errors import ProbeError
-from probe.recipe import parse_recipe
 from probe.site import Fate, Role
 
-HEADER = "schema: 1\nname: test\nprobes:\n"
-
-INSIDE = """
-- name: inside
-  at: {site: encoder.layer.after_attention, layers: all}
-  score: {attention: {queries: all}}
-  select: {top_k: {keep: [0.75, 0.5]}}
-  do: drop
-"""
-OUTPUT = """
-- name: output
-  at: {site: encoder.output}
-  score: {attention: {queries: all, layer: -1}}
-  select: {top_k: {keep: 0.25}}
-  do: drop
-"""
-PROJECTED = """
-- name: projected
-  at: {site: projector.output}
-  score: {similarity: {stat: nearest, sign: -1}}
-  select: {top_k: {keep: 0.25}}
-  do: drop
-"""
-PICTURE = """
-- name: picture
-  at: {site: encoder.output, group: picture}
-  score: {attention: {queries: visual}}
-  select: {top_k: {keep: 0.25}}
-  do: drop
-"""
-RAGGED = """
-- name: ragged
-  at: {site: encoder.layer.after_attention, layer: 0, group: picture}
-  score: {norm: {}}
-  select: {top_k: {keep: 0.4}}
-  do: drop
-"""
-TOME = """
-- name: tome
-  at: {site: encoder.layer.after_attention, layers: all}
-  score: {features: {space: keys}}
-  select: {bipartite: {r: 7}}
-  do: {merge: {mode: size_mean, carry_size: true, order: raster}}
-"""
-APPEND = """
-- name: append
-  at: {site: encoder.output}
-  score: {norm: {}}
-  select: {top_k: {keep: 0.25}}
-  do: append
-"""
-TILES = "- {name: tiles, at: {site: projector.output, views: tiles}, do: withdraw}\n"
-RANDOM = """
-- name: random
-  at: {site: encoder.output}
-  score: random
-  select: {top_k: {keep: 0.25}}
-  do: drop
-"""
-EDITS = {
-    "inside": INSIDE,
-    "output": OUTPUT,
-    "projected": PROJECTED,
-    "picture": PICTURE,
-    "ragged": RAGGED,
-    "tome": TOME,
-    "append": APPEND,
-    "tiles": TILES,
-    "random": RANDOM,
-    "several": RAGGED + TOME + PICTURE + APPEND.replace("norm: {}", "norm: {p: 1.0}"),
-}
-RECORD = """
-- name: looks
-  at: {site: encoder.layer.attention, layers: all}
-  record: [patch_importance, {patch_importance: {queries: visual, form: head_mean_logits, as: of_mean}}]
-- name: sees
-  at: {site: encoder.layer.after_attention, layers: all}
-  record: [patch_norm, patch_similarity]
-- {name: leaves, at: {site: encoder.output}, record: [{patch_norm: {as: norm_out}}]}
-- {name: enters, at: {site: projector.output}, record: [{patch_norm: {as: norm_in}}]}
-"""
-
-Encode = Callable[..., Encoded]
+Between = Callable[[int, int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`between(layer, view, x, keys (n, head, size), size)`: a view's tokens and their sizes, shortened."""
 
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
     """A picture that is cut into a base view and four tiles."""
     return next(pictures("world/mixed", 1)).images[0]
-
-
-def encode(backbone: LladaV, images: Sequence[Image.Image], probes: str, **options: Any) -> Encoded:
-    table = compile_recipe(parse_recipe(HEADER + probes), backbone.facts)
-    return encode_with_probes(backbone, images, table, **options)
-
-
-def plain(backbone: LladaV, image: Image.Image) -> Features:
-    with torch.inference_mode():
-        return backbone.encode_images([image])
 
 
 def same_features(a: Features, b: Features) -> None:
@@ -242,7 +161,7 @@ def test_several_pictures_are_one_view_each(tiny: LladaV, picture: Image.Image) 
     assert left.views.base == (True, True, True)
     assert left.views.place == (0, 1, 2)
     prompt = tiny.assemble("compare", done.features)
-    assert prompt.picture[:: patches].tolist() == [0, 1, 2]
+    assert prompt.picture[::patches].tolist() == [0, 1, 2]
     assert torch.equal(prompt.visual[prompt.visual >= 0], torch.cat(left.alive)), "one after the other"
     together = encode(tiny, images, PICTURE).features.survivors
     assert together is not None
@@ -284,7 +203,9 @@ def test_dropping_behind_the_encoder_is_a_gather(tiny: LladaV, picture: Image.Im
 
 
 def tower_by_hand(
-    backbone: LladaV, image: Image.Image, between: Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    backbone: LladaV,
+    image: Image.Image,
+    between: Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """The tower written out in plain products, view by view: `between(layer, view, x, keys, size)` shortens a view.
 
@@ -300,7 +221,7 @@ def tower_by_hand(
             logits = torch.einsum("qhc,khc->hqk", q, k) * q.shape[-1] ** -0.5 + size.log()
             mixed = torch.einsum("hqk,khc->qhc", logits.softmax(-1), w).flatten(1)
             x = x + attention.out_proj(mixed)
-            x, size = between(i, torch.tensor(v), x, k, size)
+            x, size = between(i, v, x, k, size)
             x = x + layer.mlp(layer.layer_norm2(x))
         out.append(backbone.mm_projector(x))
     return torch.stack(out)
@@ -320,12 +241,11 @@ def test_tome_is_tome_written_out(tiny: LladaV, picture: Image.Image) -> None:
     """Parity matching on mean keys, size-weighted means, sizes carried into attention (Bolya et al., ICLR 2023)."""
     r = 7
 
-    def merged(layer: int, view: Tensor, x: Tensor, keys: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    def merged(layer: int, view: int, x: Tensor, keys: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         unit = normalize(keys.mean(1), dim=-1)
         into = {int(i): int(i) for i in range(x.shape[0])}
-        edges = [
-            max((float(unit[a] @ unit[b]), -b) for b in range(1, x.shape[0], 2)) + (a,) for a in range(0, x.shape[0], 2)
-        ]
+        even, odd = range(0, x.shape[0], 2), range(1, x.shape[0], 2)
+        edges = [(*max((float(unit[a] @ unit[b]), -b) for b in odd), a) for a in even]
         for _, minus_b, a in sorted(edges, key=lambda e: (-e[0], e[2]))[: min(r, x.shape[0] // 2)]:
             into[a] = -minus_b
         kept = sorted(set(into.values()))
@@ -351,8 +271,8 @@ def test_dropping_inside_the_encoder_is_a_shorter_encoder(tiny: LladaV, picture:
     assert left.survivors is not None
     alive = [a - v * tiny.facts.patches for v, a in enumerate(left.survivors.alive)]
 
-    def gathered(layer: int, view: Tensor, x: Tensor, keys: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        keep = alive[int(view)] if layer == 0 else torch.arange(x.shape[0])
+    def gathered(layer: int, view: int, x: Tensor, keys: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        keep = alive[view] if layer == 0 else torch.arange(x.shape[0])
         return x[keep], size[keep]
 
     for v, own in enumerate(alive):
@@ -394,9 +314,7 @@ def test_recorded_attention_is_that_of_an_nnsight_trace_of_the_eager_tower(
     np.testing.assert_allclose(done.arrays["norm_out"], last.norm(dim=-1).flatten(), rtol=1e-5)
 
 
-def test_attention_of_shortened_views_is_averaged_over_what_is_left(
-    tiny: LladaV, picture: Image.Image
-) -> None:
+def test_attention_of_shortened_views_is_averaged_over_what_is_left(tiny: LladaV, picture: Image.Image) -> None:
     done = encode(tiny, [picture], RAGGED + RECORD)
     first, second = done.arrays["patch_importance"].reshape(2, 5, -1)
     np.testing.assert_allclose(first.sum(-1), 1, atol=1e-5)

@@ -52,7 +52,7 @@ class Account:
             [Token(v * patches + p, hidden[v, p].tolist(), 1.0, {v * patches + p}) for p in range(patches)]
             for v in range(count)
         ]
-        self.fate = {number: Fate.KEPT for number in range(count * patches)}
+        self.fate = dict.fromkeys(range(count * patches), Fate.KEPT)
         self.total = count * patches
 
     def apply(self, view: int, plan: Plan) -> None:
@@ -160,7 +160,9 @@ def test_sizes_and_padding_are_what_attention_sees() -> None:
     state = ViewState.fresh(views, "cpu")
     assert state.bias(1, torch.float32) is None
     plans = [
-        Plan(torch.tensor([1, 3]), Fate.MERGED, torch.tensor([0, 0, 1, 1]), torch.zeros(2, 2), torch.tensor([3.0, 1.0])),
+        Plan(
+            torch.tensor([1, 3]), Fate.MERGED, torch.tensor([0, 0, 1, 1]), torch.zeros(2, 2), torch.tensor([3.0, 1.0])
+        ),
         None,
         Plan(torch.empty(0, dtype=torch.int64), Fate.WITHDRAWN),
     ]
