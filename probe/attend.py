@@ -45,22 +45,39 @@ class RowRequest:
 
 
 @dataclass(frozen=True)
-class KeyRequest:
-    """The keys of one layer in the forward that is about to run, as attention meets them (after rotary).
+class Reweighting:
+    """Numbers added to the logits of some query rows: `rows (batch, query)` int64, `bias (batch, key)` float32.
 
-    `receive(keys)` is called once with `(batch, kv head, key, size)`.
+    `log f` on a key multiplies the attention that it receives by f, before rows are normalised. Only these rows are
+    computed a second time, so the cost is O(rows x keys).
     """
 
-    receive: Callable[[Tensor], None]
+    rows: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class _Asked:
+    requests: tuple[RowRequest, ...]
+    timed: Callable[[], AbstractContextManager[None]]
+    keys: Callable[[Tensor], None] | None
+    reweighting: tuple[Reweighting, ...]
 
 
 def ask(
     attention: nn.Module,
-    requests: Sequence[RowRequest | KeyRequest],
+    requests: Sequence[RowRequest],
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
+    *,
+    keys: Callable[[Tensor], None] | None = None,
+    reweighting: Sequence[Reweighting] = (),
 ) -> None:
-    """Have an attention module answer `requests` in every forward until `forget`, inside `timed()`."""
-    attention.__dict__[_SLOT] = (tuple(requests), timed)
+    """Have an attention module answer `requests` in every forward until `forget`, inside `timed()`.
+
+    `keys` is handed the keys `(batch, kv head, key, size)` that the layer attends to, after rotary; `reweighting`
+    changes what some of its rows attend to.
+    """
+    attention.__dict__[_SLOT] = _Asked(tuple(requests), timed, keys, tuple(reweighting))
 
 
 def forget(attention: nn.Module) -> None:
@@ -88,7 +105,7 @@ def attention_rows(query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None
         logits = rearrange(logits, "b kv (group row) key -> b (kv group) row key", row=rows.shape[1])
     logits = logits.float()
     if mask is not None:
-        if mask.shape[2] > 1:
+        if mask.shape[2] > 1 and mask.shape[2] != rows.shape[1]:
             mask = mask.expand(batch, *mask.shape[1:])
             mask = mask.gather(2, rows[:, None, :, None].expand(batch, mask.shape[1], rows.shape[1], mask.shape[3]))
         if mask.dtype == torch.bool:
@@ -98,17 +115,58 @@ def attention_rows(query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None
     return logits.softmax(-1)
 
 
-def _answer_requests(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+def _answer_requests(
+    asked: _Asked, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
+) -> None:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    requests, timed = module.__dict__[_SLOT]
-    with timed():
-        for request in requests:
-            if isinstance(request, KeyRequest):
-                request.receive(key)
-                continue
+    with asked.timed():
+        if asked.keys is not None:
+            asked.keys(key)
+        for request in asked.requests:
             for first in range(0, request.rows.shape[1], CHUNK):
                 rows = request.rows[:, first : first + CHUNK]
-                request.receive(attention_rows(query, key, rows, mask, scale, request.form), first)
+                seen = _with_bias(mask, rows, asked.reweighting) if asked.reweighting else mask
+                request.receive(attention_rows(query, key, rows, seen, scale, request.form), first)
+
+
+def _with_bias(mask: Tensor | None, rows: Tensor, reweighting: Sequence[Reweighting]) -> Tensor:
+    """The mask of a chunk of rows `(batch, 1 or head, row, key)` as numbers to be added, reweighting included."""
+    total: Tensor | float = 0.0
+    for one in reweighting:
+        hit = (rows[:, :, None] == one.rows[:, None]).any(-1)
+        total = total + hit[:, None, :, None] * one.bias[:, None, None]
+    assert isinstance(total, Tensor)
+    if mask is None:
+        return total
+    if mask.shape[2] > 1:
+        mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    added = torch.zeros_like(mask, dtype=total.dtype).masked_fill(~mask, _LOWEST) if mask.dtype == torch.bool else mask
+    return total + added
+
+
+_LOWEST = torch.finfo(torch.float32).min / 2
+
+
+def _reweight(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    reweighting: Sequence[Reweighting],
+) -> Tensor:
+    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew."""
+    group = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    for one in reweighting:
+        at = one.rows[:, None, :, None]
+        chosen = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
+        bias = _with_bias(mask, one.rows, reweighting).to(query.dtype)
+        again = torch.nn.functional.scaled_dot_product_attention(chosen, keys, values, attn_mask=bias, scale=scaling)
+        again = again.transpose(1, 2)
+        output = output.scatter(1, one.rows[:, :, None, None].expand_as(again), again)
+    return output
 
 
 def eager_attention(
@@ -148,9 +206,13 @@ def _beside(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[...
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if _SLOT in module.__dict__:
-            _answer_requests(module, query, key, attention_mask, scaling)
-        return kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        asked: _Asked | None = module.__dict__.get(_SLOT)
+        if asked is not None:
+            _answer_requests(asked, module, query, key, attention_mask, scaling)
+        output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if asked is not None and asked.reweighting:
+            output = _reweight(output, query, key, value, attention_mask, scaling, asked.reweighting)
+        return output, weights
 
     return attend
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from probe.backbones.base import Prompt
 from probe.site import Plan, Role
-from probe.surgery import Layout, Order, Positions, hide, make_layout, narrow, resize, take
+from probe.surgery import Layout, Positions, hide, make_layout, narrow, put_values, resize, take
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Canvas:
     """`embeds (batch, length, width)` and its layout; per sample (host): roles and prompt length at the start.
 
     `roles[b] (P + gen_length + suffix,)` int8 on the host; answer slots of sample b start at `prompt_length[b]`;
-    `pictures[b] (V,)` the picture of every visual token.
+    `pictures[b] (V,)`, `boxes[b] (V, 4)`, `views[b] (V,)` say what every visual token sees (`Prompt`).
     """
 
     embeds: Tensor
@@ -34,6 +34,8 @@ class Canvas:
     suffix_length: int
     n_visual_at_start: tuple[int, ...]
     pictures: tuple[Tensor, ...] = ()
+    boxes: tuple[Tensor, ...] = ()
+    views: tuple[Tensor, ...] = ()
 
     @property
     def answer_rows(self) -> list[list[int]]:
@@ -44,10 +46,11 @@ class Canvas:
         """Rows (at the start) of one role."""
         return (self.roles[sample] == int(role)).nonzero()[:, 0].tolist()
 
-    def narrowed(self, plans: Sequence[Plan | None], *, positions: Positions, order: Order) -> Canvas:
-        """The canvas without the visual tokens that the plans do not keep, for good."""
-        layout, index = narrow(self.layout, plans, positions=positions, order=order)
-        return replace(self, embeds=take(self.embeds, index), layout=layout)
+    def narrowed(self, plans: Sequence[Plan | None], *, positions: Positions) -> Canvas:
+        """The canvas after the plans: without the visual tokens that they do not keep, with what they merged."""
+        layout, index = narrow(self.layout, plans, positions=positions)
+        embeds = put_values(take(self.embeds, index), layout, plans)
+        return replace(self, embeds=embeds, layout=layout)
 
     def hidden(self, plans: Sequence[Plan | None]) -> Canvas:
         """The canvas with the keys of those tokens hidden, for good."""
@@ -98,6 +101,8 @@ def make_canvas(prompts: Sequence[Prompt], mask_embed: Tensor, gen_length: int, 
         suffix_length=tail.shape[0] - gen_length,
         n_visual_at_start=tuple(p.n_visual for p in prompts),
         pictures=tuple(p.picture for p in prompts),
+        boxes=tuple(p.box for p in prompts),
+        views=tuple(p.view for p in prompts),
     )
 
 

@@ -63,6 +63,10 @@ class BoundProbe:
         """Whether the probe acts in a pass of this step."""
         return self.steps.fires(clock)
 
+    def fires_for(self, clock: Clock, sample: int) -> bool:
+        """Whether it acts on this sample of the batch, in a pass in which it fires."""
+        return True
+
 
 @dataclass(frozen=True)
 class ProbeTable:

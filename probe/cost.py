@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DecoderDims:
-    """Sizes of a Llama-like decoder that decide its cost. Decoders of unlike layers override the methods."""
+    """Sizes of a Llama-like decoder that decide its cost."""
 
     width: int
     heads: int
@@ -21,12 +21,16 @@ class DecoderDims:
     layers: int
     vocabulary: int
 
-    def attention(self, rows: int, keys: int, layer: int = 0) -> int:
+    def at(self, layer: int) -> DecoderDims:
+        """The sizes of one layer; decoders whose layers differ say so."""
+        return self
+
+    def attention(self, rows: int, keys: int) -> int:
         """One layer's attention block: q, k, v and output projections of `rows`, two products against `keys`."""
         projections = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
         return 2 * rows * projections + 4 * rows * keys * self.heads * self.head_size
 
-    def mlp_block(self, rows: int, layer: int = 0) -> int:
+    def mlp_block(self, rows: int) -> int:
         """One layer's gated MLP."""
         return 6 * rows * self.width * self.mlp
 
@@ -34,12 +38,16 @@ class DecoderDims:
         """The vocabulary projection of `rows`."""
         return 2 * rows * self.width * self.vocabulary
 
-    def scored_rows(self, rows: int, keys: int, form: str, layer: int = 0) -> int:
+    def scored_rows(self, rows: int, keys: int, form: str) -> int:
         """Extra attention rows beside the kernel: one product per head (grouped heads add up first when averaged)."""
         heads = self.heads if form == "softmax" else self.kv_heads
         return 2 * rows * keys * heads * self.head_size
 
-    def averaged_rows(self, rows: int, keys: int, form: str, layer: int = 0) -> int:
+    def reweighted(self, rows: int, keys: int) -> int:
+        """Attention rows computed a second time because what they attend to is reweighted."""
+        return 4 * rows * keys * self.heads * self.head_size
+
+    def averaged_rows(self, rows: int, keys: int, form: str) -> int:
         """Averaging those rows: one product with the rows' weights per head."""
         return 2 * rows * keys * (self.heads if form == "softmax" else 1)
 

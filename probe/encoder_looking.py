@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probe.attend import Form, KeyRequest, RowRequest, ask, forget
+from probe.attend import Form, RowRequest, ask, forget
 from probe.backbones.base import Backbone
 from probe.compile import BoundProbe
 from probe.cost import EncoderDims
@@ -74,7 +74,7 @@ class EncoderLooking:
 
     def ask(self, layer: int, state: ViewState, width: int, device: torch.device) -> int:
         """Put this layer's requests to its attention module, whose views have `width` rows. Returns their FLOPs."""
-        requests: list[RowRequest | KeyRequest] = []
+        requests: list[RowRequest] = []
         flops = 0
         for looked in sorted(self._rows.get(layer, ())):
             rows, weight = _query_rows(looked[1], state, self._lead, device)
@@ -82,14 +82,13 @@ class EncoderLooking:
             self._under_way[looked] = averaged = _Averaged(weight)
             requests.append(RowRequest(rows, looked[2], averaged.receive))
             flops += rows.shape[0] * self._dims.looked_rows(rows.shape[1], width, looked[2])
-        if layer in self._key_layers:
 
-            def keep(keys: Tensor) -> None:
-                self._keys[layer] = state.by_number(keys.transpose(1, 2), self._lead)
+        def keep(keys: Tensor) -> None:
+            self._keys[layer] = state.by_number(keys.transpose(1, 2), self._lead)
 
-            requests.append(KeyRequest(keep))
-        if requests:
-            ask(self._modules[layer], requests, lambda: self._watch.section("probe"))
+        if requests or layer in self._key_layers:
+            wanted = keep if layer in self._key_layers else None
+            ask(self._modules[layer], requests, lambda: self._watch.section("probe"), keys=wanted)
         return flops
 
     def reduce(self, layer: int, state: ViewState) -> None:

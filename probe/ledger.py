@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ class Ledger:
         self.n_visual = tuple(n_visual)
         self.layers = layers
         width = max(self.n_visual, default=0)
-        self._lasting = torch.zeros(len(self.n_visual), width, dtype=torch.uint8, device=device)
+        fates = torch.zeros(len(self.n_visual), width, dtype=torch.uint8, device=device)
         for b, n in enumerate(self.n_visual):
-            self._lasting[b, :n] = int(Fate.KEPT)
-        self._steps: list[list[Tensor]] = []
-        self._columns: list[Tensor] | None = None
+            fates[b, :n] = int(Fate.KEPT)
+        self._lasting = _State(fates, torch.zeros(len(self.n_visual), dtype=torch.int32, device=device))
+        self._steps: list[list[_State]] = []
+        self._columns: list[_State] | None = None
         self._gone: list[tuple[Layout, Sequence[Plan | None]]] = []
 
     def begin(self, *, cached: bool = False) -> None:
@@ -38,11 +39,19 @@ class Ledger:
 
     def note(self, before: Layout, plans: Sequence[Plan | None], first_layer: int, *, lasting: bool) -> None:
         """An edit on `before`, in force from `first_layer` on; `lasting` carries it to the following steps."""
-        now = self._steps[-1]
-        now[first_layer:] = _once_each(now[first_layer:], partial(self._fates_after, before=before, plans=plans))
+        self.note_layers(before, plans, range(first_layer, self.layers))
         if lasting:
-            self._lasting = self._fates_after(self._lasting, before, plans)
+            self._lasting = _after(self._lasting, before, plans, stays=first_layer == 0)
             self._gone.append((before, plans))
+
+    def note_layers(self, before: Layout, plans: Sequence[Plan | None], layers: Iterable[int]) -> None:
+        """An edit that is in force at these layers of this pass alone."""
+        now, done = self._steps[-1], dict[int, _State]()
+        for layer in layers:
+            key = id(now[layer])
+            if key not in done:
+                done[key] = _after(now[layer], before, plans)
+            now[layer] = done[key]
 
     def keep_columns(self) -> None:
         """The pass stored its keys: what stands in each layer's columns from here on.
@@ -52,35 +61,50 @@ class Ledger:
         """
         fates = self._steps[-1] if self._columns is None else self._columns
         for before, plans in self._gone:
-            fates = _once_each(fates, partial(self._fates_after, before=before, plans=plans))
+            done: dict[int, _State] = {}
+            for i, state in enumerate(fates := list(fates)):
+                if id(state) not in done:
+                    done[id(state)] = _after(state, before, plans, stays=False)
+                fates[i] = done[id(state)]
         self._columns = list(fates)
-
-    @staticmethod
-    def _fates_after(fates: Tensor, before: Layout, plans: Sequence[Plan | None]) -> Tensor:
-        """A layer's fates after an edit; a token that this layer lost before stays lost."""
-        now = fates.clone()
-        for b, plan in enumerate(plans):
-            if plan is not None:
-                alive = before.visual[b, before.visual_rows[b]]
-                fate = torch.full_like(alive, int(plan.fate), dtype=now.dtype)
-                fate[plan.kept] = int(Fate.KEPT)
-                was = now[b].gather(0, alive)
-                now[b].scatter_(0, alive, torch.where(was == int(Fate.KEPT), fate, was))
-        return now
 
     def table(self, sample: int) -> tuple[Tensor, Tensor]:
         """`(step, layer, visual)` uint8 of `Fate` on the host, and `(step, layer)` int32 alive counts."""
         n = self.n_visual[sample]
         if not self._steps:
             return torch.zeros(0, self.layers, n, dtype=torch.uint8), torch.zeros(0, self.layers, dtype=torch.int32)
-        fates = torch.stack([torch.stack([layer[sample, :n] for layer in step]) for step in self._steps]).cpu()
-        return fates, (fates == int(Fate.KEPT)).sum(-1, dtype=torch.int32)
+        fates = torch.stack([torch.stack([layer.fates[sample, :n] for layer in step]) for step in self._steps]).cpu()
+        extra = torch.stack([torch.stack([layer.appended[sample] for layer in step]) for step in self._steps]).cpu()
+        return fates, (fates == int(Fate.KEPT)).sum(-1, dtype=torch.int32) + extra
 
 
-def _once_each(tensors: list[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """`change` applied to each different tensor once; layers mostly share theirs."""
-    done: dict[int, Tensor] = {}
-    for x in tensors:
-        if id(x) not in done:
-            done[id(x)] = change(x)
-    return [done[id(x)] for x in tensors]
+@dataclass(frozen=True)
+class _State:
+    """One layer's tokens: `fates (batch, visual)` uint8, and how many alive ones have no original index `(batch,)`."""
+
+    fates: Tensor
+    appended: Tensor
+
+
+def _after(state: _State, before: Layout, plans: Sequence[Plan | None], *, stays: bool = True) -> _State:
+    """A layer's tokens after an edit; one that this layer lost before stays lost.
+
+    Appended tokens live where the edit acts (`stays`), not in layers that only lose what it removed.
+    """
+    width = state.fates.shape[1]
+    now = torch.cat([state.fates, state.fates.new_zeros(state.fates.shape[0], 1)], 1)  # spare: tokens without an index
+    appended = state.appended.clone()
+    for b, plan in enumerate(plans):
+        if plan is None:
+            continue
+        ids = before.visual[b, before.visual_rows[b]]
+        fate = torch.full_like(ids, int(plan.fate), dtype=now.dtype)
+        if plan.into is not None:
+            fate[plan.into < 0] = int(Fate.DROPPED)
+        fate[plan.kept] = int(Fate.KEPT)
+        spot = ids.where(ids >= 0, width)
+        was = now[b].gather(0, spot)
+        now[b].scatter_(0, spot, torch.where(was == int(Fate.KEPT), fate, was))
+        if stays:
+            appended[b] = (ids[plan.kept] < 0).sum() + plan.appended
+    return _State(now[:, :width], appended)

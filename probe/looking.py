@@ -7,21 +7,25 @@ the number of its queries. The same (layer, queries, form) is computed once, who
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from probe.attend import Form, RowRequest, ask, forget
+from probe.attend import Form, Reweighting, RowRequest, ask, forget
 from probe.backbones.base import Backbone
 from probe.compile import BoundProbe, Call
 from probe.cost import DecoderDims
+from probe.decide import asked
 from probe.errors import ProbeError
 from probe.loop import Pass
-from probe.site import QuerySet, Role
+from probe.scores.raters import raters
+from probe.site import QuerySet, Reweight, Role
 from probe.surgery import Layout
 from probe.timing import Stopwatch
 
@@ -47,8 +51,12 @@ class _Gathering:
     rows: Tensor
     weight: Tensor
     total: Tensor | None = None
+    each: list[Tensor] | None = None
+    """Of a bounded set of queries, where a score wants them: every row, averaged over the heads."""
 
     def receive(self, weights: Tensor, first: int) -> None:
+        if self.each is not None:
+            self.each.append(weights[: self.weight.shape[0]].mean(1))
         share = self.weight[:, first : first + weights.shape[2]]
         part = (share[:, None, None] @ weights[: share.shape[0]])[:, :, 0]
         self.total = part if self.total is None else self.total + part
@@ -77,7 +85,11 @@ class Looking:
         self._records: dict[Attended, list[tuple[str, Call]]] = {}
         self._scored: set[Attended] = set()
         self._under_way: dict[Attended, _Gathering] = {}
-        self._received: dict[Attended, tuple[Tensor, Layout]] = {}
+        self._received: dict[Attended, tuple[_Gathering, Layout]] = {}
+        self._each: set[Attended] = set()
+        self._keys_wanted: set[int] = set()
+        self._keys: dict[int, tuple[Tensor, Layout]] = {}
+        self._reweight: dict[int, list[Reweight]] = {}
         self._rows: dict[QuerySet, tuple[Layout, tuple[Tensor, Tensor] | None]] = {}
         for probe in probes:
             self._note(probe)
@@ -91,12 +103,22 @@ class Looking:
                 key = attended(probe.layer, record.signal.params(clock))
                 self._wanted.setdefault(probe.layer, set()).add(key)
                 self._records.setdefault(key, []).append((record.name, record.signal))
-        score = probe.edit.score if probe.edit is not None else None
-        if score is not None and "received" in score.entry.needs:
-            params = score.params(clock)
+        if probe.edit is None:
+            return
+        if probe.edit.do.entry.meta.get("changes") == "attention":
+            change = probe.edit.do.entry.function(**probe.edit.do.params(clock))
+            self._reweight.setdefault(probe.layer, []).append(change)
+            return
+        for name, params in asked(probe.edit, clock):
             layer = probe.layer + params.get("layer", 0)
-            self._wanted.setdefault(layer, set()).add(attended(layer, params))
-            self._scored.add(attended(layer, params))
+            if name in ("keys", "text_keys"):
+                self._keys_wanted.add(layer)
+            elif name in ("received", "attended", "n_queries") and not params.get("projected"):
+                key = attended(layer, params)
+                self._wanted.setdefault(layer, set()).add(key)
+                self._scored.add(key)
+                if name == "attended":
+                    self._each.add(key)
 
     def timed(self) -> AbstractContextManager[None]:
         """Time spent inside belongs to the probes."""
@@ -112,25 +134,58 @@ class Looking:
             found = self._query_rows(key[1], layout)
             if found is None:
                 continue
-            gathering = _Gathering(*found)
+            gathering = _Gathering(*found, each=[] if key in self._each else None)
             self._under_way[key] = gathering
             rows = gathering.rows.repeat(self._streams, 1)
             requests.append(RowRequest(rows, key[2], gathering.receive))
-            scored = self._dims.scored_rows(rows.shape[1], keys.width, key[2], layer)
-            averaged = self._dims.averaged_rows(rows.shape[1], keys.width, key[2], layer)
+            scored = self._dims.at(layer).scored_rows(rows.shape[1], keys.width, key[2])
+            averaged = self._dims.at(layer).averaged_rows(rows.shape[1], keys.width, key[2])
             flops += layout.batch * (self._streams * scored + averaged)
-        if requests:
-            ask(self._backbone.layers[layer].attention, requests, self.timed)
+        reweighting = self._reweighting(layer, layout, keys)
+        flops += sum(
+            layout.batch * self._streams * self._dims.at(layer).reweighted(r.rows.shape[1], keys.width)
+            for r in reweighting
+        )
+        wants_keys = layer in self._keys_wanted
+        if requests or reweighting or wants_keys:
+            attention = self._backbone.layers[layer].attention
+            take = partial(self._take_keys, layer, keys) if wants_keys else None
+            ask(attention, requests, self.timed, keys=take, reweighting=reweighting)
         return flops
+
+    def _take_keys(self, layer: int, layout: Layout, key: Tensor) -> None:
+        self._keys[layer] = key[: layout.batch], layout
+
+    def _reweighting(self, layer: int, layout: Layout, keys: Layout) -> list[Reweighting]:
+        """What `reweight_attention` does at this layer, both streams under guidance."""
+        out = []
+        for change in self._reweight.get(layer, ()):
+            bias = torch.zeros_like(keys.row, dtype=torch.float32)
+            for name in change.target:
+                bias = bias.masked_fill(self._is(name, keys), math.log(change.factor))
+            found = [self._query_rows(cast(QuerySet, name), layout) for name in change.source]
+            parts = [rows for rows in found if rows is not None]
+            for rows, _ in parts:
+                out.append(Reweighting(rows.repeat(self._streams, 1), bias.repeat(self._streams, 1)))
+        return out
+
+    def _is(self, name: str, keys: Layout) -> Tensor:
+        """`(batch, key)` bool: columns of a role, or of answer slots that are masked or filled."""
+        if name not in ("masked", "filled"):
+            return keys.role == int(Role[name.upper()])
+        rows = getattr(self._request, name)
+        width = max(1, *(len(r) for r in rows))
+        padded = torch.tensor([[*r, *[-2] * (width - len(r))] for r in rows], device=keys.row.device)
+        return (keys.row[:, :, None] == padded[:, None]).any(-1)
 
     def reduce(self, layer: int, keys: Layout) -> None:
         """The layer's attention has run: hand what was asked of it to the recorder, keep what scores need."""
-        if layer not in self._wanted:
+        if layer not in self._wanted and layer not in self._keys_wanted and layer not in self._reweight:
             return
         with self.timed():
             forget(self._backbone.layers[layer].attention)
             n_visual = max(self._request.canvas.n_visual_at_start, default=0)
-            for key in sorted(self._wanted[layer]):
+            for key in sorted(self._wanted.get(layer, ())):
                 gathering = self._under_way.pop(key, None)
                 if gathering is None or gathering.total is None:
                     continue
@@ -147,7 +202,7 @@ class Looking:
                     value = signal.entry.function(*needed, **signal.params(clock))
                     self._recorder.add(name, clock.pass_index, layer, value)
                 if key in self._scored:
-                    self._received[key] = received, keys
+                    self._received[key] = gathering, keys
 
     def has(self, key: Attended) -> bool:
         """Whether rows of this kind were there to look."""
@@ -155,15 +210,46 @@ class Looking:
 
     def received(self, key: Attended, sample: int, rows: Tensor, probe: str) -> Tensor:
         """`(head, n)`: what one sample's tokens in these rows of the canvas received."""
+        gathering, keys = self._gathered(key, probe)
+        assert gathering.total is not None
+        return gathering.total[sample].index_select(1, keys.locate_in(sample, rows))
+
+    def attended_rows(self, key: Attended, sample: int, rows: Tensor, probe: str) -> Tensor:
+        """`(query, n)`: the same of every query row by itself, averaged over the heads."""
+        gathering, keys = self._gathered(key, probe)
+        each = torch.cat(gathering.each or [], 1)[sample]
+        each = each[gathering.weight[sample] > 0]
+        return each.index_select(1, keys.locate_in(sample, rows))
+
+    def n_queries(self, key: Attended, sample: int) -> Tensor:
+        """How many rows looked, `()`."""
+        return (self._received[key][0].weight[sample] > 0).sum()
+
+    def query_rows(self, queries: QuerySet, layout: Layout, sample: int) -> tuple[Tensor, Tensor]:
+        """`(query,)` rows of one sample in this layout, and their weights."""
+        found = self._query_rows(queries, layout)
+        if found is None:
+            raise ProbeError(f"step {self._request.clock.step}: there are no `{queries}` rows to look")
+        return found[0][sample], found[1][sample]
+
+    def keys(self, layer: int, sample: int, rows: Tensor, probe: str) -> Tensor:
+        """`(kv head, n, size)`: keys of one sample's rows of the canvas, as a layer attended to them."""
+        if layer not in self._keys:
+            raise ProbeError(
+                f"probe `{probe}` at step {self._request.clock.step}: the keys of layer {layer} are not known"
+            )
+        key, layout = self._keys[layer]
+        return key[sample].index_select(1, layout.locate_in(sample, rows))
+
+    def _gathered(self, key: Attended, probe: str) -> tuple[_Gathering, Layout]:
         if key not in self._received:
             step = self._request.clock.step
             raise ProbeError(f"probe `{probe}` at step {step}: there are no `{key[1]}` rows to score with")
-        received, keys = self._received[key]
-        return received[sample].index_select(1, keys.locate_in(sample, rows))
+        return self._received[key]
 
     def release(self) -> None:
         """Forget what an interrupted forward left on the attention modules."""
-        for layer in self._wanted:
+        for layer in {*self._wanted, *self._keys_wanted, *self._reweight}:
             forget(self._backbone.layers[layer].attention)
 
     def _query_rows(self, queries: QuerySet, layout: Layout) -> tuple[Tensor, Tensor] | None:
@@ -179,6 +265,8 @@ class Looking:
             per_sample = list(layout.visual_rows)
         elif queries == "all":
             per_sample = [torch.arange(n, device=device) for n in layout.length]
+        elif queries in ("raters", "raters_answer"):
+            return self._raters(layout, with_answer=queries == "raters_answer")
         elif queries == "last":
             per_sample = [torch.tensor([n - 1], device=device) for n in layout.length]
         else:
@@ -196,6 +284,26 @@ class Looking:
             [torch.full((r.shape[0],), 1 / r.shape[0], device=device) for r in per_sample], batch_first=True
         )
         return rows, weight
+
+    def _raters(self, layout: Layout, *, with_answer: bool) -> tuple[Tensor, Tensor] | None:
+        """Rows of the text behind the picture, weighted so that only raters count (all where none stands out)."""
+        request = self._request
+        if request.work.prompt != "all":
+            return None
+        canvas, rows, weights = request.canvas, [], []
+        for b in range(layout.batch):
+            text = canvas.rows_of(Role.QUESTION, b) + (request.computed[b] if with_answer else [])
+            if not text or not canvas.layout.n_visual[b]:
+                return None
+            uids = torch.tensor(text, dtype=torch.int64, device=layout.row.device)
+            embeds = canvas.embeds[b]
+            seen = embeds.index_select(0, canvas.layout.visual_rows[b])
+            chosen = raters(seen, embeds.index_select(0, canvas.layout.locate_in(b, uids)))
+            chosen = chosen | ~chosen.any()
+            rows.append(layout.locate_in(b, uids))
+            weights.append(chosen.float() / chosen.sum())
+        pad = torch.nn.utils.rnn.pad_sequence
+        return pad(rows, batch_first=True), pad(weights, batch_first=True)
 
 
 def attended(layer: int, params: dict[str, Any]) -> Attended:

@@ -20,15 +20,16 @@ from torch import Tensor
 from probe.backbones.base import Backbone
 from probe.backbones.rows import Rows
 from probe.canvas import Canvas
-from probe.compile import BoundProbe, Call, ProbeTable
+from probe.compile import BoundProbe, Edit, ProbeTable
 from probe.cost import DecoderDims
+from probe.decide import asked, decide
 from probe.ledger import Ledger
 from probe.looking import Looking, Recorder, attended
 from probe.loop import Pass
-from probe.selections import token_count
-from probe.site import Fate, Phase, Plan
+from probe.pass_source import SampleSource
+from probe.site import Fate, Phase, Plan, Site
 from probe.store import KeyStore, cut_columns
-from probe.surgery import Layout, hide, narrow, replan, select, take, take_columns
+from probe.surgery import Layout, hide, narrow, put_values, replan, restore, select, take, take_columns
 from probe.timing import Stopwatch
 
 
@@ -62,7 +63,7 @@ class PassState:
         self.cached = request.work.cached and not request.work.refresh and not kit.store.empty
         self.flops: dict[str, int] = {"backbone": 0, "probe": 0}
         self._changed = False
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self.rope: tuple[Tensor, Tensor] | None = None
         self._rope_start: tuple[int, ...] = ()
         self._between: Tensor | None = None
         self._mlp_out: Tensor | None = None
@@ -71,6 +72,12 @@ class PassState:
         self._key_index: dict[int, list[Tensor]] = {}
         self._late_cuts: list[tuple[int, Sequence[Plan | None], Layout]] = []
         self._shrunk = False
+        self.entered: tuple[Tensor, Layout] | None = None
+        """Hidden states as they entered the layer that runs now, and their layout."""
+        self._carried: _Carried | None = None
+        self._skip_mlp: Sequence[Plan | None] | None = None
+        self._layer_cuts: dict[int, list[tuple[Sequence[Plan | None], Layout]]] = {}
+        self._made: list[Tensor | None] = [None] * self.batch
         self._masks: tuple[Tensor | None, ...] = ()
         self._ids: Tensor | None = None
         self._masked: Layout | None = None
@@ -121,17 +128,18 @@ class PassState:
         return embeds.scatter(1, rows, seen.to(embeds.dtype))
 
     def _rows(self, layout: Layout, position: Tensor, place: Tensor | None) -> Rows:
-        request = self.request
-        window = [(rows[0], rows[-1] + 1) if rows else (0, 0) for rows in request.window]
-        return Rows(
-            position=position,
-            place=_places(layout) if place is None else place,
-            row=layout.row,
-            visual=layout.visual,
-            real=layout.key_mask(),
-            window=window or [(0, 0)] * self.batch,
-            pictures=self.canvas.pictures,
-        )
+        """Rows as the backbone is told of them; pictures and open rows only for one that looks at them."""
+        picture, opened = layout.visual, layout.role
+        if self.kit.backbone.reads_rows:
+            picture = torch.full_like(layout.visual, -1)
+            for b, pictures in enumerate(self.canvas.pictures):
+                if pictures.shape[0]:
+                    own = pictures.to(picture.device).long()[layout.visual[b].clamp(min=0)]
+                    picture[b] = torch.where(layout.visual[b] >= 0, own, -1)
+            edges = [(rows[0], rows[-1] + 1) if rows else (0, 0) for rows in self.request.window]
+            edge = torch.tensor(edges or [(0, 0)] * self.batch, device=layout.row.device)
+            opened = (layout.row >= edge[:, :1]) & (layout.row < edge[:, 1:])
+        return Rows(position, picture, opened, layout.key_mask(), _places(layout) if place is None else place)
 
     def _query_rows(self) -> Rows:
         """The rows that this pass computes, as the backbone is told of them."""
@@ -139,6 +147,9 @@ class PassState:
         if self.keys is not self.layout:
             place = self.keys.locate(self.layout.row.clamp(min=0))
         return self._rows(self.layout, self._positions(), place)
+
+    def _ids_now(self) -> Tensor:
+        return self._row_ids() if self.kit.backbone.reads_rows else self.layout.position
 
     def _row_ids(self) -> Tensor:
         """The layers' `position_ids`, both streams under guidance."""
@@ -183,8 +194,8 @@ class PassState:
             self._count(layer, self.layout.width, self.keys.width, self.layout.width)
 
     def _count(self, layer: int, rows: int, keys: int, mlp_rows: int) -> None:
-        dims = self.kit.dims
-        cost = dims.attention(rows, keys, layer) + dims.mlp_block(mlp_rows, layer)
+        dims = self.kit.dims.at(layer)
+        cost = dims.attention(rows, keys) + dims.mlp_block(mlp_rows)
         self.flops["backbone"] += self.streams * self.batch * cost
 
     def leave_attention(self, layer: int) -> None:
@@ -207,16 +218,17 @@ class PassState:
         self, layer: int, hidden: Tensor, kwargs: dict[str, Any], probes: Sequence[BoundProbe]
     ) -> tuple[Tensor, dict[str, Any]]:
         """A layer begins: its `layer.input` probes act, give it the tables of the sequence as it is now."""
-        if self._rope is None:
-            self._rope = kwargs["position_embeddings"]
+        if self.rope is None:
+            self.rope = kwargs["position_embeddings"]
         if self.cached:
             self._enter_columns(layer)
+        self.entered = hidden, self.layout
         for probe in probes:
             hidden = self._act(probe, layer, hidden, first_layer=layer)
         if self._changed or self.cached:
             kwargs = {
                 **kwargs,
-                "position_embeddings": self._rope,
+                "position_embeddings": self.rope,
                 "attention_mask": self._mask_of(layer),
             }
         if self._changed and "position_ids" in kwargs:
@@ -230,7 +242,7 @@ class PassState:
         """A layer of a cached pass begins: its own columns, without what was cut earlier in this pass."""
         keys = self.kit.store.columns(layer, self.layout)
         indices = []
-        for plans, said_of in self._cuts:
+        for plans, said_of in [*self._cuts, *self._layer_cuts.get(layer, ())]:
             keys, index = cut_columns(keys, plans, said_of)
             if index is not None:
                 indices.append(index)
@@ -239,13 +251,17 @@ class PassState:
         if self._start() != self._rope_start:
             self._rope_start = self._start()
             position = torch.cat([self._positions()] * self.streams)
-            cos, _ = cast(tuple[Tensor, Tensor], self._rope)
-            self._rope = self.kit.backbone.rotary(cos, position)
+            cos, _ = cast(tuple[Tensor, Tensor], self.rope)
+            self.rope = self.kit.backbone.rotary(cos, position)
 
     def cut_between(self, layer: int, hidden: Tensor, probes: Sequence[BoundProbe]) -> Tensor:
         """Between attention and MLP: the shortened residual stream, kept for `leave_layer`."""
         self._long_width = hidden.shape[1]
         short = hidden
+        if self._skip_mlp is not None:
+            plans, self._skip_mlp = self._skip_mlp, None
+            self._carry(self.entered[0] if self.entered is not None else hidden, plans)
+            short = take(short, cast(_Carried, self._carried).index, self.streams)
         for probe in probes:
             short = self._act(probe, layer, short, first_layer=layer + 1)
         self._between = short if short.shape[1] != self._long_width or short is not hidden else None
@@ -263,12 +279,11 @@ class PassState:
         """A layer ends: its output on the sequence as it is now, after its `layer.output` probes."""
         if self._between is not None and self._mlp_out is not None:
             join = self.kit.backbone.layers[layer].join
-            if join is None:
-                hidden = self._between + self._mlp_out
-            else:
-                hidden = join(self._between, self._mlp_out, self._row_ids())
+            hidden = join(self._between, self._mlp_out, self._ids_now())
             self._between = self._mlp_out = None
         self._count(layer, self._rows_at, self._keys_at, self._mlp_rows)
+        if self._carried is not None:
+            hidden = self._bring_back(hidden)
         for probe in probes:
             hidden = self._act(probe, layer, hidden, first_layer=layer + 1)
         return hidden
@@ -278,6 +293,8 @@ class PassState:
         if probe.edit is None:
             self._record(probe, layer, hidden)
             return hidden
+        if probe.edit.do.entry.meta.get("changes") == "attention":
+            return hidden  # the layer's attention is told of it (`Looking`)
         return self._cut(probe, layer, hidden, first_layer=first_layer)
 
     def _record(self, probe: BoundProbe, layer: int | None, hidden: Tensor) -> None:
@@ -326,10 +343,49 @@ class PassState:
             self._late_cuts.append((self.kit.dims.layers, plans, seen))
 
     def _edit_canvas_after(self, plans: Sequence[Plan | None], options: dict[str, Any], said_of: Layout) -> None:
+        """What is removed or merged for good inside a pass, said of the canvas that the next pass begins with."""
         target = self.canvas_after.layout
-        said = [None if p is None else replan(p, said_of, target, b) for b, p in enumerate(plans)]
+        stays = options.get("recycled", "generation") == "generation"
+        said = [None if p is None else self._on_canvas(p, said_of, target, b, stays) for b, p in enumerate(plans)]
         self.canvas_after = _edited(self.canvas_after, said, options)
         self._shrunk |= options.get("answer_positions") == "shrunk"
+
+    def _on_canvas(self, plan: Plan, said_of: Layout, target: Layout, b: int, appended_stay: bool) -> Plan:
+        """A plan over hidden states, said over the embeddings of the canvas: merged tokens are means of embeddings."""
+        said = replan(plan, said_of, target, b)
+        if plan.values is None or plan.into is None:
+            return said
+        means = self._means(plan, said_of, b)
+        k = plan.kept.shape[0]
+        rows = said_of.row[b, said_of.visual_rows[b]][plan.kept]
+        on_canvas = rows < target.length_at_start
+        kept, extra = means[:k][on_canvas], means[k:] if appended_stay else means[:0]
+        size = None
+        if plan.size is not None:
+            size = torch.cat([plan.size[:k][on_canvas], plan.size[k:] if appended_stay else plan.size[:0]])
+        return Plan(said.kept, plan.fate, None, torch.cat([kept, extra]), size, extra.shape[0])
+
+    def _means(self, plan: Plan, said_of: Layout, b: int) -> Tensor:
+        """`(k + m, width)`: the mean embedding of what stands behind each kept or appended token."""
+        assert plan.into is not None and plan.values is not None
+        embeds = self.embeddings(b, said_of.row[b, said_of.visual_rows[b]]).float()
+        count = plan.values.shape[0]
+        into = plan.into.where(plan.into >= 0, count)
+        total = embeds.new_zeros(count + 1, embeds.shape[1]).index_add_(0, into, embeds)[:count]
+        number = embeds.new_zeros(count + 1).index_add_(0, into, torch.ones_like(into, dtype=embeds.dtype))[:count]
+        return (total / number.clamp(min=1)[:, None]).to(self.canvas.embeds.dtype)
+
+    def _remember(self, before: Layout, plans: Sequence[Plan | None]) -> None:
+        """Embeddings that stand for tokens which are appended now, by their number behind the canvas."""
+        most = max((p.appended for p in plans if p is not None), default=0)
+        if not most:
+            return
+        for b, plan in enumerate(plans):
+            new = self.canvas.embeds.new_zeros(most, self.canvas.embeds.shape[-1])
+            if plan is not None and plan.appended:
+                new[: plan.appended] = self._means(plan, before, b)[plan.kept.shape[0] :]
+            held = self._made[b]
+            self._made[b] = new if held is None else torch.cat([held, new])
 
     def _mask_of(self, layer: int) -> Tensor | None:
         """The mask of a layer for the sequence as it is now."""
@@ -343,8 +399,11 @@ class PassState:
         plans, options = self._decide(probe, layer, hidden, before)
         if plans is None:
             return hidden
+        if _fate(plans) is Fate.SKIPPED:
+            return self._skip(layer, hidden, plans, as_keys=bool(options["as_keys"]))
         lasting = options["lasts"] == "generation"
         self.kit.ledger.note(before, plans, first_layer, lasting=lasting)
+        self._remember(before, plans)
         if lasting:
             self._edit_canvas_after(plans, options, before)
         if self.cached:
@@ -361,16 +420,14 @@ class PassState:
         if _fate(plans) is Fate.MASKED:
             self.layout = self.keys = hide(self.layout, plans)
             return hidden
-        self.layout, index = narrow(
-            self.layout, plans, positions=options["positions"], order=options.get("order", "raster")
-        )
+        self.layout, index = narrow(self.layout, plans, positions=options["positions"])
         self.keys = self.layout
-        hidden = take(hidden, index, self.streams)
+        hidden = put_values(take(hidden, index, self.streams), self.layout, plans)
         if options["positions"] == "compact":
-            self._rope = self.kit.backbone.rotary(hidden, torch.cat([self._positions()] * self.streams))
+            self.rope = self.kit.backbone.rotary(hidden, torch.cat([self._positions()] * self.streams))
         else:
-            cos, sin = cast(tuple[Tensor, Tensor], self._rope)
-            self._rope = take(cos, index, self.streams), take(sin, index, self.streams)
+            cos, sin = cast(tuple[Tensor, Tensor], self.rope)
+            self.rope = take(cos, index, self.streams), take(sin, index, self.streams)
         return hidden
 
     def _cut_store(
@@ -384,75 +441,50 @@ class PassState:
         self._shrunk |= options.get("answer_positions") == "shrunk"
 
     def _decide(
-        self, probe: BoundProbe, layer: int | None, hidden: Tensor, layout: Layout
+        self, probe: BoundProbe, layer: int | None, hidden: Tensor, alive: Layout
     ) -> tuple[list[Plan | None] | None, dict[str, Any]]:
-        """Each sample's plan and the operation's options. `(None, ...)` when there is nothing to do for anyone."""
+        """Each sample's plan for its tokens in `alive`, and the operation's options; `(None, ...)`: nothing to do."""
         edit = probe.edit
         assert edit is not None
-        select, options = edit.select.params(self.clock), edit.do.params(self.clock)
-        if self.clock.phase is Phase.PREFILL and edit.score is not None and self._unseen(edit.score, layer):
+        options = edit.do.params(self.clock)
+        if self.clock.phase is Phase.PREFILL and self._unseen(edit, layer):
             return None, options  # its query rows come with the first denoising pass
+        rows = alive if layer is None and probe.site is Site.BEFORE_LM else self.layout
         plans: list[Plan | None] = []
         for b in range(self.batch):
-            n = layout.n_visual[b]
-            original = self.canvas.n_visual_at_start[b]
-            count = token_count(select["keep"], original, select.get("round", "floor")) if "keep" in select else 0
-            if n == 0 or count >= n:
+            if not probe.fires_for(self.clock, b):
                 plans.append(None)
                 continue
-            kept = self._select(probe, b, layer, hidden, layout, n, count, select)
-            plans.append(edit.do.entry.function(kept.to(hidden.device), **options))
+            plans.append(decide(edit, SampleSource(self, probe, b, hidden, rows, alive), self.clock))
         return (None if all(p is None for p in plans) else plans), options
 
-    def _select(
-        self,
-        probe: BoundProbe,
-        b: int,
-        layer: int | None,
-        hidden: Tensor,
-        layout: Layout,
-        n: int,
-        count: int,
-        params: dict[str, Any],
-    ) -> Tensor:
-        edit = probe.edit
-        assert edit is not None
-        rows = layout.visual_rows[b]
-        given: dict[str, Any] = {"n": n, "count": count, "generator": self._generator(probe, b)}
-        needs = set(edit.select.entry.needs) | (set(edit.score.entry.needs) if edit.score else set())
-        if "hidden" in needs:
-            given["hidden"] = hidden[b].index_select(0, rows)
-        if "embedding" in needs:
-            given["embedding"] = self._embeddings(b, layout.visual[b].index_select(0, rows))
-        if edit.score is not None:
-            score_params = edit.score.params(self.clock)
-            if "received" in needs:
-                assert layer is not None
-                key = attended(layer + score_params.get("layer", 0), score_params)
-                given["received"] = self.looking.received(key, b, layout.row[b].index_select(0, rows), probe.name)
-            value = edit.score.entry.function(*(given[k] for k in edit.score.entry.needs), **score_params)
-            value = value.to(hidden.device)
-            given["similarity" if value.dim() == 2 else "score"] = value
-            if "flops" in edit.score.entry.meta:
-                self.flops["probe"] += edit.score.entry.meta["flops"](n, hidden.shape[-1])
-        return edit.select.entry.function(*(given[k] for k in edit.select.entry.needs), **params)
-
-    def _unseen(self, score: Call, layer: int | None) -> bool:
-        """Whether a score reads attention from rows that this pass does not have."""
-        if layer is None or "received" not in score.entry.needs:
+    def _unseen(self, edit: Edit, layer: int | None) -> bool:
+        """Whether an intervention reads attention from rows that this pass does not have."""
+        if layer is None:
             return False
-        params = score.params(self.clock)
-        return not self.looking.has(attended(layer + params.get("layer", 0), params))
+        for name, params in asked(edit, self.clock):
+            if name not in ("received", "attended") or params.get("projected"):
+                continue
+            if not self.looking.has(attended(layer + params.get("layer", 0), params)):
+                return True
+        return False
 
-    def _embeddings(self, b: int, visual: Tensor) -> Tensor:
-        """Embeddings of the visual tokens with these original indices, as they entered the language model."""
+    def embeddings(self, b: int, rows: Tensor) -> Tensor:
+        """`(n, width)`: one sample's rows of the canvas as they entered the language model.
+
+        A token that was appended inside the pass stands for the mean of what it was made of.
+        """
         layout = self.canvas.layout
-        alive = layout.visual[b].index_select(0, layout.visual_rows[b])
-        spot = torch.zeros(self.canvas.n_visual_at_start[b], dtype=torch.int64, device=visual.device)
-        spot.scatter_(0, alive, layout.visual_rows[b])
-        return self.canvas.embeds[b].index_select(0, spot[visual])
+        made = self._made[b]
+        known = rows if made is None else rows.clamp(max=layout.length_at_start - 1)
+        out = self.canvas.embeds[b].index_select(0, layout.locate_in(b, known))
+        if made is not None:
+            late = rows >= layout.length_at_start
+            out = torch.where(late[:, None], made[(rows - layout.length_at_start).clamp(min=0)], out)
+        return out
 
-    def _generator(self, probe: BoundProbe, b: int) -> torch.Generator:
+    def generator(self, probe: BoundProbe, b: int) -> torch.Generator:
+        """Seeded by the run's seed, the sample, the probe and the step."""
         generator = torch.Generator()
         address = (self.kit.seeds[b], self._ordinal[probe.name], self.clock.step)
         seed = 0
@@ -460,6 +492,55 @@ class PassState:
             seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
         generator.manual_seed(seed)
         return generator
+
+    # -- tokens that take another way ------------------------------------------------------------------------------
+
+    def _carry(self, hidden: Tensor, plans: Sequence[Plan | None]) -> None:
+        """Tokens go around the layer: the sequence without them, and what brings them back."""
+        before, rope = self.layout, self.rope
+        self.layout, index = narrow(before, [None if p is None else Plan(p.kept) for p in plans])
+        self.keys = self.layout
+        cos, sin = cast(tuple[Tensor, Tensor], rope)
+        self.rope = take(cos, index, self.streams), take(sin, index, self.streams)
+        self._carried = _Carried(hidden, index, before, cos, sin)
+
+    def _bring_back(self, short: Tensor) -> Tensor:
+        """A layer that some tokens went around has ended: the whole sequence again, theirs as they were."""
+        carried = cast(_Carried, self._carried)
+        self._carried = None
+        full = restore(carried.hidden, short, carried.index, self.streams)
+        if any(n != self.layout.width for n in self.layout.length):  # padding of the short sequence points at row 0
+            full[:, :1] = take(short, self.layout.locate(carried.before.row[:, :1]), self.streams)
+        self.layout = self.keys = carried.before
+        self.rope = carried.cos, carried.sin
+        return full
+
+    def _skip(self, layer: int, hidden: Tensor, plans: Sequence[Plan | None], *, as_keys: bool) -> Tensor:
+        """Carry tokens around a layer; with `as_keys` its attention still sees (and computes) them."""
+        if self.cached:
+            if not as_keys:
+                self._layer_cuts.setdefault(layer, []).append((plans, self.keys))
+                self.kit.ledger.note_layers(self.keys, plans, [layer])
+                self._enter_columns(layer)
+            return hidden
+        if as_keys:
+            self._skip_mlp = plans
+            return hidden
+        self._changed = True
+        self.kit.ledger.note_layers(self.layout, plans, [layer])
+        self._carry(hidden, plans)
+        return take(hidden, cast(_Carried, self._carried).index, self.streams)
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """What brings back the tokens that go around a layer: their states, and the sequence before."""
+
+    hidden: Tensor
+    index: Tensor
+    before: Layout
+    cos: Tensor
+    sin: Tensor
 
 
 def _fate(plans: Sequence[Plan | None]) -> Fate:
@@ -469,7 +550,7 @@ def _fate(plans: Sequence[Plan | None]) -> Fate:
 def _edited(canvas: Canvas, plans: Sequence[Plan | None], options: dict[str, Any]) -> Canvas:
     if _fate(plans) is Fate.MASKED:
         return canvas.hidden(plans)
-    return canvas.narrowed(plans, positions=options["positions"], order=options.get("order", "raster"))
+    return canvas.narrowed(plans, positions=options["positions"])
 
 
 def _places(layout: Layout) -> Tensor:

@@ -130,13 +130,17 @@ def cut_columns(layout: Layout, plans: Sequence[Plan | None], said_of: Layout) -
     if not same:
         return _hidden_where(layout, plans, said_of), None
     said = [
-        None if p is None else p if layout.visual_rows[b] is said_of.visual_rows[b] else replan(p, said_of, layout, b)
+        None
+        if p is None
+        else Plan(p.kept, p.fate)
+        if layout.visual_rows[b] is said_of.visual_rows[b]
+        else replan(p, said_of, layout, b)
         for b, p in enumerate(plans)
     ]
     if any(p is not None and p.fate is Fate.MASKED for p in plans):
         return hide(layout, said), None
     # stored keys carry the rotation of their position: they cannot be renumbered
-    return narrow(layout, said, positions="keep", order="raster")
+    return narrow(layout, said, positions="keep")
 
 
 def _hidden_where(layout: Layout, plans: Sequence[Plan | None], said_of: Layout) -> Layout:

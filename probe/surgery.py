@@ -19,9 +19,6 @@ from probe.site import Plan, Role
 Positions = Literal["keep", "compact"]
 """`keep`: survivors keep their rotary positions. `compact`: they are renumbered 0..n-1."""
 
-Order = Literal["raster", "score"]
-"""`raster`: survivors stand as they stood. `score`: in the order in which the selection named them."""
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -29,9 +26,10 @@ class Layout:
 
     All `(batch, length)`: `row` int64, the row's number on the canvas (-1 padding); `role` int8; `position` int64, the
     rotary position, or `(batch, length, axes)`; `visual` int64, the original visual index or -1; `hidden_key` bool or
-    None: rows whose keys no query may see. Per sample: `length` real rows; `visual_rows (n,)` int64 the rows of its
-    alive visual tokens (newlines included) in the order in which they stand; `other_rows (m,)` int64 all others; `tail`
-    rows behind the prompt (answer and suffix); `answer_start` the position of the first answer slot.
+    None: rows whose keys no query may see; `size` float32 or None: original tokens behind each row, whose logarithm is
+    added to the attention that its key receives. Per sample: `length` real rows; `visual_rows (n,)` int64 the rows of
+    its alive visual tokens (newlines included) in the order in which they stand; `other_rows (m,)` int64 all others;
+    `tail` rows behind the prompt (answer and suffix); `answer_start` the position of the first answer slot.
     `length_at_start` is above every row number; `pristine` says that row r stands at place r.
     """
 
@@ -46,6 +44,7 @@ class Layout:
     tail: tuple[int, ...]
     answer_start: tuple[int, ...]
     hidden_key: Tensor | None = None
+    size: Tensor | None = None
     pristine: bool = True
 
     @property
@@ -136,32 +135,36 @@ def make_layout(
     )
 
 
-def narrow(
-    layout: Layout, plans: Sequence[Plan | None], *, positions: Positions = "keep", order: Order = "raster"
-) -> tuple[Layout, Tensor]:
-    """Remove the visual tokens that the plans do not keep.
+def narrow(layout: Layout, plans: Sequence[Plan | None], *, positions: Positions = "keep") -> tuple[Layout, Tensor]:
+    """Carry out plans on a sequence: the visual tokens that they do not keep leave it, appended ones join it.
 
-    `plans` has one entry per sample; None keeps all. Returns the new layout and the gather index `(batch, new
-    length)` that takes hidden states, rotary tables and the canvas there (`take`). Counts come from shapes, so
-    nothing waits for the device.
+    `plans` has one entry per sample; None keeps all. Survivors stand in the order of `Plan.kept`, appended tokens right
+    behind them, at the position of the last of them. Returns the new layout and the gather index `(batch, new length)`
+    that takes hidden states, rotary tables and the canvas there (`take`); the rows of merged and appended tokens then
+    get their values from `put_values`. Counts come from shapes, so nothing waits for the device.
     """
     device = layout.row.device
     kept_rows: list[Tensor] = []
     others: list[Tensor] = []
     gathers: list[Tensor] = []
+    fresh: list[Tensor | None] = []
     for b, plan in enumerate(plans):
         visual = layout.visual_rows[b] if plan is None else layout.visual_rows[b][plan.kept]
-        survivors = torch.cat([layout.other_rows[b], visual])
-        source, by_row = survivors.sort()
-        # ranks of the visual survivors and of the others in the new sequence, without nonzero()
-        rank = torch.empty_like(by_row).scatter_(0, by_row, torch.arange(by_row.shape[0], device=device))
+        m = 0 if plan is None else plan.appended
+        # sort keys: twice the old row; appended tokens come right behind the last survivor (or the first of all)
+        anchor = visual.max() if visual.shape[0] else layout.visual_rows[b].min() if m else visual
+        keys = torch.cat(
+            [2 * layout.other_rows[b], 2 * visual.sort().values, *([(2 * anchor + 1).expand(m)] if m else [])]
+        )
+        source = torch.cat([layout.other_rows[b], visual, *([anchor.expand(m)] if m else [])])
+        by_key = keys.sort(stable=True).indices
+        # ranks in the new sequence, without nonzero()
+        rank = torch.empty_like(by_key).scatter_(0, by_key, torch.arange(by_key.shape[0], device=device))
         n_other = layout.other_rows[b].shape[0]
         others.append(rank[:n_other])
-        places = rank[n_other:].sort().values
-        if order == "score" and plan is not None:
-            source = source.scatter(0, places, visual)
-        kept_rows.append(places)
-        gathers.append(source)
+        kept_rows.append(rank[n_other:])
+        gathers.append(torch.empty_like(source).scatter_(0, rank, source))
+        fresh.append(rank[rank.shape[0] - m :] if m else None)
     width = max(g.shape[0] for g in gathers)
     index = torch.zeros(layout.batch, width, dtype=torch.int64, device=device)
     real = torch.zeros(layout.batch, width, dtype=torch.bool, device=device)
@@ -178,26 +181,65 @@ def narrow(
     starts = list(layout.answer_start)
     if positions == "compact":
         extra = (1,) * (position.dim() - 2)
-        fresh = torch.arange(width, device=device).reshape(1, width, *extra).expand_as(position)
+        count = torch.arange(width, device=device).reshape(1, width, *extra).expand_as(position)
         cut = torch.tensor([plan is not None for plan in plans], device=device).reshape(-1, 1, *extra)
-        position = torch.where(cut, fresh, position)  # a sample that lost nothing keeps what it had
+        position = torch.where(cut, count, position)  # a sample that lost nothing keeps what it had
         for b, plan in enumerate(plans):
             if plan is not None:
                 starts[b] = gathers[b].shape[0] - layout.tail[b]
+    row, visual_index = moved(layout.row, -1), moved(layout.visual, -1)
+    most = max((plan.appended for plan in plans if plan is not None), default=0)
+    for b, places in enumerate(fresh):
+        if places is not None:
+            row[b, places] = layout.length_at_start + torch.arange(places.shape[0], device=device)
+            visual_index[b, places] = -1
     new = replace(
         layout,
-        row=moved(layout.row, -1),
+        row=row,
         role=moved(layout.role, int(Role.PAD)),
         position=position,
-        visual=moved(layout.visual, -1),
+        visual=visual_index,
         visual_rows=tuple(kept_rows),
         other_rows=tuple(others),
         length=tuple(g.shape[0] for g in gathers),
+        length_at_start=layout.length_at_start + most,
         answer_start=tuple(starts),
         hidden_key=None if layout.hidden_key is None else layout.hidden_key.gather(1, index),
+        size=_sizes(layout, plans, index, kept_rows),
         pristine=False,
     )
+    for b, places in enumerate(fresh):
+        if places is not None:
+            new.role[b, places] = int(Role.VISUAL)
     return new, index
+
+
+def _sizes(layout: Layout, plans: Sequence[Plan | None], index: Tensor, kept_rows: Sequence[Tensor]) -> Tensor | None:
+    """How many original tokens stand behind each row; None where no plan carries that on and none did before."""
+    carried = [b for b, plan in enumerate(plans) if plan is not None and plan.size is not None]
+    if layout.size is None and not carried:
+        return None
+    old = torch.ones_like(layout.row, dtype=torch.float32) if layout.size is None else layout.size
+    size = old.gather(1, index)
+    for b in carried:
+        plan = plans[b]
+        assert plan is not None and plan.size is not None
+        size[b, kept_rows[b]] = plan.size.to(size)
+    return size
+
+
+def put_values(hidden: Tensor, layout: Layout, plans: Sequence[Plan | None], streams: int = 1) -> Tensor:
+    """Hidden states `(streams * batch, length, width)` after `take`, with the values that plans give their tokens.
+
+    Under guidance the second stream, which must not see the picture, keeps its own.
+    """
+    if all(plan is None or plan.values is None for plan in plans):
+        return hidden
+    hidden = hidden.clone()
+    for b, plan in enumerate(plans):
+        if plan is not None and plan.values is not None:
+            hidden[b, layout.visual_rows[b]] = plan.values.to(hidden.dtype)
+    return hidden
 
 
 def hide(layout: Layout, plans: Sequence[Plan | None]) -> Layout:
@@ -263,6 +305,7 @@ def select(layout: Layout, prompt: Literal["all", "none", "last"], tail: np.ndar
         length=tuple(k + tail.shape[1] for k in kept),
         tail=(tail.shape[1],) * layout.batch,
         hidden_key=None if layout.hidden_key is None else layout.hidden_key.gather(1, index),
+        size=None if layout.size is None else layout.size.gather(1, index),
         pristine=False,
     )
     return new, index
@@ -277,6 +320,10 @@ def extend(layout: Layout, more: Layout) -> Layout:
             torch.zeros_like(x.row, dtype=torch.bool) if x.hidden_key is None else x.hidden_key for x in (layout, more)
         ]
         hidden = torch.cat(parts, 1)
+    size = None
+    if layout.size is not None or more.size is not None:
+        sizes = [torch.ones_like(x.row, dtype=torch.float32) if x.size is None else x.size for x in (layout, more)]
+        size = torch.cat(sizes, 1)
     return replace(
         layout,
         row=torch.cat([layout.row, more.row], 1),
@@ -291,6 +338,7 @@ def extend(layout: Layout, more: Layout) -> Layout:
         length_at_start=max(layout.length_at_start, more.length_at_start),
         tail=tuple(a + b for a, b in zip(layout.tail, more.tail, strict=True)),
         hidden_key=hidden,
+        size=size,
         pristine=False,
     )
 
@@ -326,6 +374,7 @@ def resize(layout: Layout, source: np.ndarray, fresh: np.ndarray) -> tuple[Layou
         length_at_start=layout.length_at_start + len(fresh),
         tail=(len(source),),
         hidden_key=None if layout.hidden_key is None else layout.hidden_key.gather(1, index).masked_fill(new, False),
+        size=None if layout.size is None else layout.size.gather(1, index).masked_fill(new, 1.0),
         pristine=False,
     )
     return changed, index
@@ -362,12 +411,15 @@ def restore(full: Tensor, short: Tensor, index: Tensor, streams: int = 1) -> Ten
 
 
 def replan(plan: Plan, source: Layout, target: Layout, sample: int) -> Plan:
-    """A plan over the alive visual tokens of `source`, said over those of `target` (same canvas).
+    """A removal among the alive visual tokens of `source`, said over those of `target` (same canvas).
 
-    Tokens that `target` still has but `source` lost earlier in the forward are not kept.
+    Tokens that `target` still has but `source` lost earlier in the forward are not kept. What was merged or appended at
+    the place of the plan stays there: only who is kept is carried over.
     """
-    ids = source.visual[sample, source.visual_rows[sample]][plan.kept]
-    spot = torch.zeros(target.length_at_start, dtype=torch.int64, device=ids.device)
-    target_ids = target.visual[sample, target.visual_rows[sample]]
-    spot.scatter_(0, target_ids, torch.arange(target_ids.shape[0], device=ids.device))
-    return Plan(spot[ids], plan.fate)
+    rows = source.row[sample, source.visual_rows[sample]][plan.kept]
+    if source.length_at_start > target.length_at_start:  # tokens that were appended on the way stand in `source` alone
+        rows = rows[rows < target.length_at_start]
+    spot = torch.zeros(max(source.length_at_start, target.length_at_start), dtype=torch.int64, device=rows.device)
+    target_rows = target.row[sample, target.visual_rows[sample]]
+    spot.scatter_(0, target_rows, torch.arange(target_rows.shape[0], device=rows.device))
+    return Plan(spot[rows], plan.fate)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from probe.backbones.base import Backbone
 from probe.canvas import Canvas
-from probe.compile import BoundProbe, Call, ProbeTable
+from probe.compile import BoundProbe, ProbeTable
+from probe.decide import asked
 from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult
@@ -129,24 +130,25 @@ class Tracer:
 
 def needs_prompt_rows(probe: BoundProbe, clock: Clock) -> str | None:
     """Why an intervention must see prompt rows computed in this very pass; None when it need not."""
-    edit = probe.edit
-    if edit is None:
+    if probe.edit is None or probe.site is Site.BEFORE_LM:
         return None
-    needs = {*edit.select.entry.needs, *(edit.score.entry.needs if edit.score is not None else ())}
-    if probe.site is not Site.BEFORE_LM and "hidden" in needs and not _reads_embedding(edit.score, clock):
-        return "reads the hidden states of visual tokens"
-    queries = edit.score.params(clock).get("queries") if edit.score is not None else None
-    if "received" in needs and queries in PROMPT_QUERIES:
-        return f"scores with attention from `{queries}` rows"
+    for name, params in asked(probe.edit, clock):
+        if name in ("hidden", "layer_input"):
+            return "reads the hidden states of visual tokens"
+        if name in ("text_hidden", "text_keys"):
+            return "reads the question's rows"
+        if name in ("received", "attended") and (params.get("queries") in PROMPT_QUERIES or params.get("projected")):
+            return f"scores with attention from `{params.get('queries')}` rows"
     return None
 
 
-PROMPT_QUERIES = ("question", "system", "visual")
+PROMPT_QUERIES = ("question", "system", "visual", "raters", "raters_answer")
 """Query sets that stand in the prompt."""
 
 
-def _reads_embedding(score: Call | None, clock: Clock) -> bool:
-    return score is not None and score.params(clock).get("space") == "embedding"
+def _skips_mlp(probe: BoundProbe) -> bool:
+    """Whether a probe at a layer's input carries tokens around its MLP alone."""
+    return probe.edit is not None and any(params.get("as_keys") for params in probe.edit.do.variants)
 
 
 def attach(backbone: Backbone, state: PassState, probes: Sequence[BoundProbe]) -> list[Any]:
@@ -160,6 +162,7 @@ def attach(backbone: Backbone, state: PassState, probes: Sequence[BoundProbe]) -
     for i, modules in enumerate(backbone.layers):
         at_input = acting.get((Site.LAYER_INPUT, i), [])
         between = acting.get((Site.LAYER_AFTER_ATTENTION, i), [])
+        shortens = bool(between) or any(_skips_mlp(p) for p in at_input)
         at_output = acting.get((Site.LAYER_OUTPUT, i), [])
 
         def enter(
@@ -174,7 +177,7 @@ def attach(backbone: Backbone, state: PassState, probes: Sequence[BoundProbe]) -
 
         handles.append(modules.layer.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(modules.attention.register_forward_hook(lambda m, a, o, i=i: state.leave_attention(i)))
-        if between:
+        if shortens:
             # The layer adds its own residual after the MLP, which would be too long. So the MLP runs on the short
             # sequence, its module reports zeros of the long shape, and the layer's exit puts the short sum in place.
             def shorten(module: Any, args: tuple[Tensor, ...], i: int = i, between: Any = between) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from probe.backbones import dimple_config, lavida_config, llada_v_config
+from probe.backbones import diffusion_gemma_config, dimple_config, lavida_config, llada_v_config
 from probe.backbones.checkpoint import EMBEDDED, Checkpoint, resolve
 from probe.errors import ProbeError
 from probe.registry import Entry, Registry
@@ -89,6 +89,25 @@ def dimple() -> type[Backbone]:
     from probe.backbones.dimple import Dimple
 
     return Dimple
+
+
+@backbones.register(
+    accepts=diffusion_gemma_config.is_diffusion_gemma,
+    facts=diffusion_gemma_config.facts_of,
+    count=diffusion_gemma_config.visual_count,
+    published=(
+        Published(
+            diffusion_gemma_config.PUBLISHED_NAME,
+            diffusion_gemma_config.published_facts,
+            diffusion_gemma_config.published_count,
+        ),
+    ),
+)
+def diffusion_gemma() -> type[Backbone]:
+    """DiffusionGemma: canvases that are re-noised, behind a causal prefix with Gemma 4's soft tokens."""
+    from probe.backbones.diffusion_gemma import DiffusionGemma
+
+    return DiffusionGemma
 
 
 def load(

@@ -116,6 +116,11 @@ class Features:
     survivors: Survivors | None = None
 
 
+def add(residual: Tensor, mlp: Tensor, ids: Tensor) -> Tensor:
+    """How most layers join the residual stream and their MLP's output."""
+    return residual + mlp
+
+
 @dataclass(frozen=True)
 class LayerModules:
     """The modules of one decoder (or encoder) layer that hooks attach to."""
@@ -127,8 +132,8 @@ class LayerModules:
     pre_attention_norm: nn.Module | None = None
     kind: int = 0
     """Which of the masks that `Backbone.sees` returns the layer takes."""
-    join: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """`join(residual, MLP output, position ids)`: the layer's output; None: their sum."""
+    join: Callable[[Tensor, Tensor, Tensor], Tensor] = add
+    """`join(residual, MLP output, position ids)`: the layer's output."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ class Backbone(ABC, nn.Module):
     """The logits of row p - shift predict slot p (1: Dream, Dimple, autoregressive models)."""
     causal: bool = False
     """Whether a row sees only itself and what stands before it."""
+    reads_rows: bool = False
+    """Whether `sees` or `row_ids` look at pictures and open rows; else these are not worked out."""
     ids_batch_axis: int = 0
     """Which axis of `position_ids` counts the samples."""
     batches: bool = True
@@ -243,8 +250,9 @@ class Backbone(ABC, nn.Module):
     def sees(self, query: Rows, key: Rows) -> tuple[Tensor | None, ...]:
         """Who may attend to whom: one mask `(batch, 1, 1 or query, key)` bool per kind of layer; None: all to all."""
         real = None if key.real is None else key.real[:, None, None, :]
-        if not self.causal or query.row.shape[1] == 1:
+        if not self.causal or query.position.shape[1] == 1:
             return (real,)
+        assert key.place is not None and query.place is not None
         before = key.place[:, None, None, :] <= query.place[:, None, :, None]
         return (before if real is None else before & real,)
 

@@ -2,14 +2,14 @@
 
 Pictures keep their shape, so their number of tokens follows their size. The tower's merged features pass one more
 projector, take the places of a run of picture tokens, and stand at positions on three axes. Logits are shifted by one:
-row p - 1 predicts slot p. Where pictures are padded on the left, or the published mask is wanted, `pair_mask` makes it.
+row p - 1 predicts slot p. `dimple_modules.pair_mask` makes the published mask of prompts that are padded on the left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 import torch
 from PIL import Image
@@ -24,37 +24,40 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from probe.attend import KERNELS
 from probe.backbones import dimple_config as names
 from probe.backbones import dimple_prompt as text
+from probe.backbones import sequence
 from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds
-from probe.backbones.checkpoint import Checkpoint, Tensors, check_names, choose_dtype
+from probe.backbones.checkpoint import Checkpoint, choose_dtype
 from probe.backbones.dimple_modules import (
     DimpleQwen2,
     MultiAxisRotary,
     Projector,
+    decoder_config,
     decoder_layers,
     encode_flops,
-    qwen2_config,
     tower_config,
     tower_layers,
 )
 from probe.backbones.dimple_pixels import patches_of
 from probe.backbones.dimple_resize import Preprocessing
-from probe.backbones.dimple_tokens import ChatTokenizer, dimple_ids, load_chat_tokenizer
-from probe.backbones.layout import boxes
 from probe.backbones.prompt import shared_prefix
 from probe.backbones.splice import IMAGE
+from probe.backbones.tokens import Tokenizer, load_tokenizer, within
+from probe.backbones.weights import take
 from probe.errors import ProbeError
-from probe.site import ModelFacts, Role
+from probe.site import ModelFacts
 
 ATTENTION = "sdpa"
 """The attention kernel when none is asked for."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+IMAGE_PAD = "<|image_pad|>"
+"""Stands in a rendered prompt where a picture goes."""
 
 
 @dataclass(frozen=True)
-class Grids:
-    """Rows and columns of visual tokens of every picture; `patches (pictures, 3)` int64 in patches, as the tower's."""
+class Pictures:
+    """The pictures of a sample: their grids of visual tokens, and of patches `(pictures, 3)` int64, as the tower's."""
 
-    cells: tuple[text.Grid, ...]
+    grids: tuple[text.Grid, ...]
     patches: Tensor
 
 
@@ -62,6 +65,7 @@ class Dimple(Backbone):
     """Dimple behind the adapter contract. Parameters carry their published names."""
 
     shift = 1
+    ids_batch_axis = 1
     defaults = GenerationDefaults(
         gen_length=64,
         block_length=64,
@@ -82,7 +86,7 @@ class Dimple(Backbone):
         image: int,
         causal: bool = False,
         interleave: bool = False,
-        tokenizer: ChatTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         source: str = "",
         revision: str = "",
     ) -> None:
@@ -120,17 +124,17 @@ class Dimple(Backbone):
         question names them (`<image 1>`). `full_attn_mask=False` makes the model causal; None takes the config's word.
         """
         settings, vision = names.text_settings(checkpoint.config), names.vision_settings(checkpoint.config)
-        facts, tokenizer = names.facts_of(checkpoint), load_chat_tokenizer(checkpoint.folder)
+        facts, tokenizer = names.facts_of(checkpoint), load_tokenizer(checkpoint.folder)
         kind = attention or ATTENTION
         kind = KERNELS.get(kind, kind)
         of_tower = encoder_attention or kind
         whole = settings["full_attn_mask"] if full_attn_mask is None else full_attn_mask
         with torch.device("meta"):
             model = cls(
-                qwen2_config(settings, kind),
+                decoder_config(settings, kind),
                 tower_config(vision, KERNELS.get(of_tower, of_tower)),
                 facts=facts,
-                special=dimple_ids(tokenizer, special, settings, checkpoint.source),
+                special=special_of(tokenizer, special, settings, checkpoint.source),
                 preprocessing=names.preprocessing(
                     checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, pixels=pixels
                 ),
@@ -144,19 +148,14 @@ class Dimple(Backbone):
             )
         with checkpoint.tensors(str(device)) as weights:
             stored = weights.read(EMBEDDING, 1).dtype if EMBEDDING in weights.shapes else torch.float32
-            tied = bool(settings["tie_word_embeddings"]) and HEAD not in weights.shapes
-            model._take(weights, checkpoint, choose_dtype(dtype, stored, torch.device(device)), tied)
+            published = {name: name for name in model.state_dict()}
+            if settings["tie_word_embeddings"] and HEAD not in weights.shapes:
+                published[HEAD] = EMBEDDING
+            take(model, weights, published, choose_dtype(dtype, stored, torch.device(device)), checkpoint.folder)
+        # what no checkpoint holds: tables that are computed
+        model.model.rotary_emb = MultiAxisRotary(model.model.config, model.model.sections).to(model.device)
+        model.visual.rotary_pos_emb = Qwen2_5_VLVisionRotaryEmbedding(model.visual.config).to(model.device)
         return model
-
-    def _take(self, weights: Tensors, checkpoint: Checkpoint, dtype: torch.dtype, tied: bool) -> None:
-        """Put the checkpoint's tensors in, and compute the buffers that no checkpoint holds."""
-        own = self.state_dict()
-        published = {name: EMBEDDING if tied and name == HEAD else name for name in own}
-        check_names({published[k]: tuple(v.shape) for k, v in own.items()}, weights.shapes, checkpoint.folder)
-        self.load_state_dict({k: weights.read(key).to(dtype) for k, key in published.items()}, assign=True)
-        self.model.rotary_emb = MultiAxisRotary(self.model.config, self.model.sections).to(self.device)
-        self.visual.rotary_pos_emb = Qwen2_5_VLVisionRotaryEmbedding(self.visual.config).to(self.device)
-        self.eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -189,8 +188,8 @@ class Dimple(Backbone):
         return self._encoder_layers
 
     def position_ids(self, position: Tensor) -> Tensor:
-        """`(batch, length, 3)` to `(3, batch, length)`; `(batch, length)`, the same on every axis, stays."""
-        return position.movedim(-1, 0) if position.ndim == 3 else position
+        """`(batch, length, 3)`, or `(batch, length)` for the same on every axis, to `(3, batch, length)`."""
+        return position.expand(3, -1, -1) if position.ndim == 2 else position.movedim(-1, 0)
 
     def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """`(cos, sin)`, each `(batch, length, head size)`, at `position (batch, length[, 3])`, angles in float32."""
@@ -222,8 +221,8 @@ class Dimple(Backbone):
         """Patches and their grids, as of `patches_of`, to embeddings of visual tokens."""
         projected = self.img_projector(self.vision_features(pixel_values, grid_thw))[None]
         merge = self.preprocessing.merge
-        cells = tuple((int(h) // merge, int(w) // merge) for _, h, w in grid_thw)
-        return Features(projected, Grids(cells, grid_thw.cpu()))
+        grids = tuple(text.Grid(int(h) // merge, int(w) // merge) for _, h, w in grid_thw)
+        return Features(projected, Pictures(grids, grid_thw.cpu()))
 
     def encode_video(self, frames: Sequence[Image.Image]) -> Features:
         """Refused: the published model has no videos."""
@@ -231,7 +230,7 @@ class Dimple(Backbone):
 
     def encode_flops(self, features: Features) -> float:
         """Tower with its windows, merger and projector, for the pictures as they were sized."""
-        return encode_flops(self.visual.config, cast(Grids, features.layout).patches, self.facts.width)
+        return encode_flops(self.visual.config, cast(Pictures, features.layout).patches, self.facts.width)
 
     @torch.no_grad()
     def assemble(self, question: str, features: Features | None, *, think: bool = False) -> Prompt:
@@ -239,47 +238,33 @@ class Dimple(Backbone):
         if think:
             raise ProbeError(f"{self.source} has no thinking switch; leave `think` out")
         tokenizer = self._tokenizer()
-        grids = cast(Grids, features.layout).cells if features else ()
-        parts, order = text.user_turn(question, len(grids), interleave=self.interleave)
-        rendered = tokenizer.render(text.chat(parts))
-        ids = text.make_room(tokenizer.encode(rendered), [grids[i] for i in order], self.image)
+        grids = cast(Pictures, features.layout).grids if features else ()
+        chat, order = text.user_turn(question, len(grids), interleave=self.interleave)
+        rendered = tokenizer.render(chat)
+        ids = text.mark_places(tokenizer.encode(rendered), self.image, len(order))
         if features is not None and order:
             return self.with_pictures(ids, features, order)
-        said = parts[-1]["text"] if parts else ""
+        said = chat[0]["content"][-1]["text"] if chat[0]["content"] else ""
         before = tokenizer.encode(rendered[: rendered.rfind(said)])
         return self.without_pictures(ids, shared_prefix(before, ids))
 
     @torch.no_grad()
     def with_pictures(self, ids: Sequence[int], features: Features, order: Sequence[int] | None = None) -> Prompt:
-        """A sequence from ids in which the picture's token stands once per visual token; `order` names pictures."""
-        grids = cast(Grids, features.layout).cells
+        """A sequence from ids in which `splice.IMAGE` stands for each of the pictures `order` (None: all of them)."""
+        grids = cast(Pictures, features.layout).grids
         order = range(len(grids)) if order is None else order
-        shown = [grids[i] for i in order]
-        row = torch.tensor(list(ids), device=self.device)
-        position = text.positions(row, shown, self.image)
-        each = features.projected[0].split([rows * columns for rows, columns in grids])
-        where = row == self.image
-        embeds = self.embed(row)
-        embeds[where] = torch.cat([each[i] for i in order]).to(embeds.dtype)
-        role = torch.full_like(row, Role.QUESTION, dtype=torch.int8)
-        role[: int(where.int().argmax())] = Role.SYSTEM
-        role[where] = int(Role.VISUAL)
-        visual = torch.where(where, where.cumsum(0) - 1, -1)
-        box = torch.cat([cell_boxes(*grid) for grid in shown]).to(self.device)
-        sizes = torch.tensor([rows * columns for rows, columns in shown])
-        picture = torch.tensor(list(order), dtype=torch.int16).repeat_interleave(sizes).to(self.device)
-        return Prompt(embeds, row.masked_fill(where, IMAGE), role, visual, box, picture, picture, position)
+        if list(ids).count(IMAGE) != len(order):
+            raise ProbeError(f"{list(ids).count(IMAGE)} places for {len(order)} pictures")
+        each = features.projected[0].split([grid.count for grid in grids])
+        position = text.positions(ids, [grids[i] for i in order]).to(self.device)
+        cells = text.cells_of(grids, order)
+        return sequence.with_pictures(ids, [each[i] for i in order], cells, self.embed, position)
 
     @torch.no_grad()
     def without_pictures(self, ids: Sequence[int], system: int) -> Prompt:
         """A sequence of text alone, the first `system` positions of which belong to the template."""
-        row = torch.tensor(list(ids), device=self.device)
-        role = torch.full_like(row, Role.QUESTION, dtype=torch.int8)
-        role[:system] = Role.SYSTEM
-        none = torch.zeros(0, dtype=torch.int16, device=self.device)
-        box = torch.zeros(0, 4, device=self.device)
-        position = text.positions(row, (), self.image)
-        return Prompt(self.embed(row), row, role, torch.full_like(row, -1), box, none, none, position)
+        prompt = sequence.text_alone(ids, system, self.embed, self.device)
+        return replace(prompt, position=text.positions(ids, ()).to(self.device))
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a bare string; the tokenizer's own special tokens are recognised, none are added."""
@@ -289,15 +274,25 @@ class Dimple(Backbone):
         """The answer without special tokens, and nothing else cut: the published evaluation does no more."""
         return self._tokenizer().decode(ids)
 
-    def _tokenizer(self) -> ChatTokenizer:
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             files = "vocab.json, merges.txt (or tokenizer.json) and tokenizer_config.json"
             raise ProbeError(f"{self.source} has no tokenizer: put {files} beside its weights")
         return self.tokenizer
 
 
-def cell_boxes(rows: int, columns: int) -> Tensor:
-    """What each visual token of a picture sees, as fractions of the picture: `(rows * columns, 4)` float32."""
-    edges = [torch.arange(n + 1).double() / n for n in (columns, rows)]
-    x, y = (torch.stack([e[:-1], e[1:]], -1) for e in edges)
-    return boxes(x, y).flatten(0, 1).float()
+def special_of(
+    tokenizer: Tokenizer | None, given: SpecialIds | None, settings: Mapping[str, Any], source: str
+) -> SpecialIds:
+    """The config's mask and the tokenizer's end of a turn (else the config's); nothing is suppressed."""
+    rows, image = settings["vocab_size"], settings["image_token_id"]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ProbeError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows")
+    if tokenizer is not None and tokenizer.id_of(IMAGE_PAD) != image:
+        there = f"{IMAGE_PAD} is {tokenizer.id_of(IMAGE_PAD)} in the tokenizer"
+        raise ProbeError(f"{source}: {there}, `image_token_id` of config.json is {image}")
+    if given is None:
+        ends = (tokenizer.eos if tokenizer else None, settings.get("eos_token_id"), settings["pad_token_id"])
+        end = next(i for i in ends if i is not None)
+        given = SpecialIds(mask=settings["mask_token_id"], eos=end, stop=end, suppressed=())
+    return within(given, rows, source)

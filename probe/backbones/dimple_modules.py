@@ -21,14 +21,9 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.vision_utils import get_vision_window_index
 
 from probe.backbones.base import LayerModules
-from probe.backbones.bidirectional import BidirectionalQwen2
+from probe.backbones.bidirectional import BidirectionalQwen2, qwen2_config
 from probe.backbones.dimple_config import VISION
 from probe.errors import ProbeError
-
-_QWEN2_FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "hidden_act", "max_position_embeddings", "rms_norm_eps", "head_dim",
-)  # fmt: skip
 
 
 class MultiAxisRotary(Qwen2RotaryEmbedding):
@@ -39,7 +34,7 @@ class MultiAxisRotary(Qwen2RotaryEmbedding):
         if sum(sections) != self.inv_freq.shape[0]:
             total = f"{sum(sections)} frequencies, each head has {self.inv_freq.shape[0]}"
             raise ProbeError(f"`mrope_section` {list(sections)} shares out {total}")
-        self.axis = tuple(axis for axis, n in enumerate(sections) for _ in range(n))
+        self.sections = tuple(sections)
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +44,8 @@ class MultiAxisRotary(Qwen2RotaryEmbedding):
         """
         of_frequency = position_ids[..., None]
         if position_ids.ndim == 3:
-            of_frequency = position_ids[list(self.axis)].movedim(0, -1)
+            shares = zip(position_ids, self.sections, strict=True)
+            of_frequency = torch.cat([axis[..., None].expand(-1, -1, n) for axis, n in shares], -1)
         angle = of_frequency.float() * self.inv_freq.float()
         angle = torch.cat([angle, angle], -1)
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -109,21 +105,12 @@ class Projector(nn.Module):
         return cast(Tensor, self.linear_2(self.act(self.linear_1(features))))
 
 
-def qwen2_config(settings: Mapping[str, Any], attention: str) -> Qwen2Config:
-    """transformers' settings from the checkpoint's, which spell the rotary base the old way."""
+def decoder_config(settings: Mapping[str, Any], attention: str) -> Qwen2Config:
+    """transformers' settings of the language model; M-RoPE is added to it."""
     for name, supported in (("rope_scaling", "null"), ("use_sliding_window", "false")):
         if settings.get(name):
             raise ProbeError(f"`{name}` of config.json is {settings[name]}; supported: {supported}")
-    rope = settings.get("rope_parameters") or {"rope_type": "default", "rope_theta": float(settings["rope_theta"])}
-    known = {key: settings[key] for key in _QWEN2_FIELDS if key in settings}
-    try:
-        return Qwen2Config(
-            **known, vocab_size=settings["vocab_size"], rope_parameters=rope, use_cache=False, attention_dropout=0.0,
-            use_sliding_window=False, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
-            pad_token_id=None, attn_implementation=attention,
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        raise ProbeError(f"config.json does not describe a Qwen2: {error}") from error
+    return qwen2_config(settings, int(settings["vocab_size"]), attention)
 
 
 def tower_config(vision: Mapping[str, Any], attention: str) -> Qwen2_5_VLVisionConfig:

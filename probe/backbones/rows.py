@@ -1,8 +1,7 @@
-"""What a backbone is told of some rows of a sequence, to say who sees whom and what its layers get besides."""
+"""What is known of rows of a sequence when it is decided which keys they may see. Tensors only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,34 +10,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a batch: those that a pass computes, or the columns that they may attend to.
+    """Facts of some rows, each `(batch, length)`, in the order in which the rows stand.
 
-    `position (batch, length[, axes])` rotary positions; `place (batch, length)` their order among the columns;
-    `row (batch, length)` their numbers on the canvas (-1: padding); `visual (batch, length)` the original visual index
-    or -1; `real (batch, length)` false at padding and hidden keys, None where all are real; `window[b]` the canvas rows
-    [low, high) of the block being decoded; `pictures[b] (V,)` the picture of every visual index.
+    `position` int64, the rotary position (or `(batch, length, axes)`); `picture` int64, whose soft token stands
+    there, -1 for none; `open` bool, true in the block that is being decoded; `real` bool, false at padding and at
+    rows that no query may see, or None when every row may be seen (the host knows: no synchronisation); `place` int64,
+    the order of rows among the columns that they attend to.
     """
 
     position: Tensor
-    place: Tensor
-    row: Tensor
-    visual: Tensor
-    real: Tensor | None
-    window: Sequence[tuple[int, int]]
-    pictures: Sequence[Tensor]
+    picture: Tensor
+    open: Tensor
+    real: Tensor | None = None
+    place: Tensor | None = None
 
     @property
-    def picture(self) -> Tensor:
-        """`(batch, length)` int64: the picture that a row is a token of, -1 for all others."""
-        out = torch.full_like(self.visual, -1)
-        for b, pictures in enumerate(self.pictures):
-            if pictures.shape[0]:
-                own = pictures.to(out.device).long()[self.visual[b].clamp(min=0)]
-                out[b] = torch.where(self.visual[b] >= 0, own, -1)
-        return out
+    def first_axis(self) -> Tensor:
+        """`(batch, length)`: the position in time, where positions have several axes."""
+        return self.position if self.position.ndim == 2 else self.position[..., 0]
 
-    @property
-    def open(self) -> Tensor:
-        """`(batch, length)` bool: whether a row stands in the block that is being decoded."""
-        edges = torch.tensor(self.window, device=self.row.device)
-        return (self.row >= edges[:, :1]) & (self.row < edges[:, 1:])
+    def take(self, index: Tensor) -> Rows:
+        """These rows at `index (batch, new length)`."""
+        batch = torch.arange(index.shape[0], device=index.device)[:, None]
+        real = None if self.real is None else self.real[batch, index]
+        return Rows(self.position[batch, index], self.picture[batch, index], self.open[batch, index], real)
+
+    def then(self, other: Rows) -> Rows:
+        """These rows with others behind them: stored keys, then those of the rows of a pass."""
+        real = None
+        if self.real is not None or other.real is not None:
+            real = torch.cat([torch.ones_like(r.open) if r.real is None else r.real for r in (self, other)], 1)
+        pairs = ((self.position, other.position), (self.picture, other.picture), (self.open, other.open))
+        position, picture, opened = (torch.cat(pair, 1) for pair in pairs)
+        return Rows(position, picture, opened, real)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from probe.backbones import llada_v_config as names
 from probe.backbones.base import SpecialIds
-from probe.backbones.prompt import Message
 from probe.errors import ProbeError
 
 
@@ -45,8 +45,11 @@ class Tokenizer:
         """Whether the checkpoint says how a chat is written."""
         return bool(self._fast.chat_template)
 
-    def render(self, chat: Sequence[Message]) -> str:
-        """A chat as the prompt string of the checkpoint's template, with an open assistant turn at its end."""
+    def render(self, chat: Sequence[Mapping[str, Any]]) -> str:
+        """A chat as the prompt string of the checkpoint's template, with an open assistant turn at its end.
+
+        Each message has a `role` and a `content`: a text, or a list of parts where the template knows pictures.
+        """
         if not self.has_template:
             where = "tokenizer_config.json (`chat_template`) or chat_template.jinja"
             raise ProbeError(f"the tokenizer has no chat template; put one into {where}")
@@ -55,6 +58,17 @@ class Tokenizer:
         except Exception as error:  # what jinja raises, and what a template raises by itself
             raise ProbeError(f"the tokenizer's chat template cannot render a question: {error}") from error
         return cast(str, prompt)
+
+    def template(self, chat: Sequence[Mapping[str, Any]], **options: Any) -> str | None:
+        """A chat by the checkpoint's own template, with an open assistant turn at its end; None without a template."""
+        if not self._fast.chat_template:
+            return None
+        chosen = self._fast.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True, **options)
+        return cast(str, chosen)
+
+    def token_of(self, number: int) -> str | None:
+        """The token of an id as a string, or None."""
+        return cast("str | None", self._fast.backend_tokenizer.id_to_token(number))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -69,7 +83,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     for kind, files in kinds:
         if all((folder / name).is_file() for name in files):
             try:
-                return Tokenizer(kind.from_pretrained(folder, local_files_only=True))
+                fast = kind.from_pretrained(folder, local_files_only=True)
+                beside = folder / "chat_template.json"  # where older processors put it
+                if not fast.chat_template and beside.is_file():
+                    fast.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
+                return Tokenizer(fast)
             except Exception as error:  # tokenizers raises plain Exception for a malformed file
                 raise ProbeError(f"{folder / files[0]} is no usable tokenizer: {error}") from error
     return None

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 from safetensors.torch import save_file
 
 from probe.backbones import llada_v_config as names
@@ -143,3 +145,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stand_in() -> SpecialIds:
     """The special ids of checkpoints that have no tokenizer."""
     return STAND_IN
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[[int, int], Image.Image]:
+    """`picture(width, height)` is smooth noise in colour, the same every time."""
+
+    def make(width: int, height: int) -> Image.Image:
+        noise = np.random.default_rng(width * 10007 + height).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        return Image.fromarray(noise)
+
+    return make

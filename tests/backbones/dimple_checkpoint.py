@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from probe.backbones import dimple_config as names
 from probe.backbones.base import SpecialIds
 from probe.backbones.dimple import Dimple
-from probe.backbones.dimple_modules import qwen2_config, tower_config
+from probe.backbones.dimple_modules import decoder_config, tower_config
 from probe.backbones.dimple_resize import Preprocessing
 from probe.site import ModelFacts
 
@@ -104,7 +104,7 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     settings, vision = names.text_settings(config), names.vision_settings(config)
     with torch.device("meta"):
         model = Dimple(
-            qwen2_config(settings, "sdpa"),
+            decoder_config(settings, "sdpa"),
             tower_config(vision, "sdpa"),
             facts=ModelFacts("", 0, 0, 0, 0, 0),
             special=STAND_IN,

@@ -18,9 +18,9 @@ from probe.backbones import dimple_config as names
 from probe.backbones import facts_of, load, visual_count
 from probe.backbones.checkpoint import INDEX, PATTERNS
 from probe.backbones.dimple import Dimple
-from probe.backbones.dimple_modules import MultiAxisRotary, pair_mask, qwen2_config, windows
+from probe.backbones.dimple_modules import MultiAxisRotary, decoder_config, pair_mask, windows
 from probe.backbones.dimple_pixels import patches_of
-from probe.backbones.dimple_prompt import positions
+from probe.backbones.dimple_prompt import Grid, positions
 from probe.backbones.splice import IMAGE
 from probe.errors import ProbeError
 from probe.site import Role
@@ -273,9 +273,8 @@ def test_what_cannot_be_asked(model):
         model.encode_images([])
     with pytest.raises(ProbeError, match="20 x 60 pixels: each side needs at least 28"):
         model.encode_images([picture(20, 60)])
-    pad = IDS["<|image_pad|>"]
-    for wrong in ([1, *[pad] * 3], [1, *[pad] * 5], [1, pad, pad, 2, pad, pad], [1, 2]):
-        with pytest.raises(ProbeError, match="places"):
+    for wrong in ([1, 2], [1, IMAGE, 2, IMAGE]):
+        with pytest.raises(ProbeError, match=f"{wrong.count(IMAGE)} places for 1 pictures"):
             model.with_pictures(wrong, features)
 
 
@@ -294,7 +293,7 @@ def test_tokenizer_files(published, whole, model):
     assert load(published(tokenizer=False), special=STAND_IN).special is STAND_IN
     with pytest.raises(ProbeError, match="has no tokenizer: put vocab.json"):
         bare.encode([], "Who?")
-    assert bare.with_pictures([1, *[IDS["<|image_pad|>"]] * 4], bare.encode_images([picture(60, 60)])).n_visual == 4
+    assert bare.with_pictures([1, IMAGE, 2], bare.encode_images([picture(60, 60)])).n_visual == 4
 
 
 def test_chat_template_files(published):
@@ -331,12 +330,15 @@ def test_the_pixel_budget(published, whole):
 def test_rotary_tables_are_those_of_qwen_2_5_vl(whole):
     """transformers' own M-RoPE, with its sections where Dimple has a field of its own."""
     settings = names.text_settings(json.loads((whole / "config.json").read_text()))
-    ours = MultiAxisRotary(qwen2_config(settings, "sdpa"), [1, 1, 2])
+    ours = MultiAxisRotary(decoder_config(settings, "sdpa"), [1, 1, 2])
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
     theirs = Qwen2_5_VLRotaryEmbedding(
         Qwen2_5_VLTextConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope)
     )
     hidden, position = torch.zeros(2, 7, 32), torch.randint(0, 900, (3, 2, 7))
+    model = load(whole)
+    assert model.position_ids(position.movedim(0, -1)).equal(position)
+    assert model.position_ids(position[0]).equal(position[:1].expand(3, -1, -1))
     for got, want in zip(ours(hidden, position), theirs(hidden, position), strict=True):
         torch.testing.assert_close(got, want, atol=0, rtol=0)
     for got, want in zip(ours(hidden, position[0]), theirs(hidden, position[:1].expand(3, -1, -1)), strict=True):
@@ -344,9 +346,8 @@ def test_rotary_tables_are_those_of_qwen_2_5_vl(whole):
 
 
 def test_positions():
-    ids = torch.tensor([5, 9, 9, 9, 9, 9, 9, 5, 5, 9, 5])
     want = [[0, 0, 0], *([1, 1 + r, 1 + c] for r in range(3) for c in range(2)), [4] * 3, [5] * 3, [6] * 3, [7] * 3]
-    assert positions(ids, [(3, 2), (1, 1)], image=9).tolist() == want
+    assert positions([5, IMAGE, 5, 5, IMAGE, 5], [Grid(3, 2), Grid(1, 1)]).tolist() == want
 
 
 def test_masks(model):

@@ -77,6 +77,7 @@ EXACTLY: dict[str, set[str]] = {
     "backbones.base": {"backbones.rows", "cost", "errors", "site"},
     "backbones.rows": set(),
     "decoding.schedule": {"errors"},
+    "decoding.renoise": set(),
     "decoding.stop": set(),
     "decoding.unmask": set(),
     "decoding.draw": set(),

@@ -17,6 +17,7 @@ from probe.backbones import load
 from probe.backbones.base import Features, Prompt
 from probe.backbones.dimple import Dimple
 from probe.backbones.dimple_modules import pair_mask
+from probe.backbones.splice import IMAGE
 
 
 @cache
@@ -78,11 +79,16 @@ def prompts_of(folder: Path, example: str) -> list[Prompt]:
     for ids, real in zip(told["input_ids"], told["attention_mask"].bool(), strict=True):
         row = ids[real]
         here = (row == model.image).int()
-        n = int((here.diff(prepend=here.new_zeros(1)) == 1).sum())
+        before = torch.cat([here.new_zeros(1), here[:-1]])
+        n = int((here > before).sum())
         if features is None or not n:
             rows.append(model.without_pictures(row.tolist(), 0))
         else:
-            rows.append(model.with_pictures(row.tolist(), features, range(used, used + n)))
+            marked = [
+                IMAGE if h else int(token) for token, h, b in zip(row, here, before, strict=True) if not (h and b)
+            ]
+            rows.append(model.with_pictures(marked, features, range(used, used + n)))
+            assert rows[-1].ids.shape == row.shape, "the places for visual tokens are as many as the pictures have"
         used += n
     return rows
 
