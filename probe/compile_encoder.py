@@ -23,7 +23,6 @@ ONLY_IN_LM = ("mask", "recycle", "skip_layers", "reweight_attention")
 """Operations on the sequence of the language model."""
 
 MEANINGLESS: dict[str, str] = {
-    "positions": "patches carry their learnt positions with them, so there is nothing to keep or to renumber",
     "answer_positions": "the encoder knows no answer",
     "on_cache": "the encoder has no cache",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,8 @@ class EncoderPass:
             plans = [self._plan(probe, probe.edit, group, hidden, lead) for group in groups]
             if any(plan is not None for plan in plans):
                 self.state, hidden = shorten(self.state, hidden, groups, plans, lead=lead)
+                if probe.edit.do.params(BEFORE).get("positions") == "compact":
+                    self.state = replace(self.state, compact=True)
         return hidden
 
     def _record(self, probe: BoundProbe, layer: int | None, hidden: Tensor | None) -> None:

@@ -26,7 +26,7 @@ class ViewState:
     """Which tokens every view has now.
 
     `alive[v] (n,)`, `holder (views * patches,)`, `view (T,)`, `size (T,)` and `fate (T,)` as in `Survivors`. `sized`
-    says that sizes count in attention; `pristine` that nothing has changed yet.
+    says that sizes count in attention; `pristine` that nothing has changed yet; `compact` as in `Survivors`.
     """
 
     views: Views
@@ -37,6 +37,7 @@ class ViewState:
     fate: Tensor
     sized: bool = False
     pristine: bool = True
+    compact: bool = False
 
     @classmethod
     def fresh(cls, views: Views, device: torch.device | str) -> ViewState:
@@ -98,7 +99,7 @@ class ViewState:
         fate = self.fate.clone()
         patch = fate[: self.holder.shape[0]]
         patch[(patch == int(Fate.MERGED)) & (self.holder < 0)] = int(Fate.DROPPED)
-        return Survivors(self.alive, self.holder, self.view, self.size, fate, self.views)
+        return Survivors(self.alive, self.holder, self.view, self.size, fate, self.views, self.compact)
 
 
 def shorten(

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from probe.compile import BoundProbe, Call, Vocabulary, compile_recipe
-from probe.explain_encoder import FOR_GOOD, ONCE, looks_at, patches_left
+from probe.explain_encoder import ONCE, lasting, looks_at, patches_left
 from probe.recipe import Recipe
 from probe.recipe_at import Span, Steps
 from probe.site import ModelFacts, Site, first_step
@@ -102,7 +102,7 @@ def _probe(
         lasts = {str(p["lasts"]): None for _, e in edits for p in e.do.variants if "lasts" in p}
         if inside:
             rows += [("leaves", left)] if (left := patches_left(probes, facts)) else []
-            rows.append(("lasts", FOR_GOOD))
+            rows.append(("lasts", lasting(first)))
         elif lasts:
             rows.append(("lasts", "; or ".join(_LASTS.get(word, word) for word in lasts)))
     verb = "intervenes" if first.edit is not None else "records"

@@ -10,9 +10,13 @@ from probe.site import ModelFacts
 
 ONCE = "once, while the pictures are encoded: before the first step"
 FOR_GOOD = (
-    "the rest of the generation. Without a grid of patches tiles cannot be joined: what is left of every view stands "
-    "one view after the other, a picture's base view first, without newlines"
+    "the rest of the generation. Without a grid of patches tiles are not joined: what is left of every view stands "
+    "without newlines, one view after the other, a picture's base view first; "
 )
+PLACES = {
+    "compact": "positions are numbered anew",
+    "keep": "everything keeps the position that it has in the unpruned sequence",
+}
 
 
 _EXACT = ("bipartite", "deduplicate", "greedy_diverse", "stride", "then", "top_k")
@@ -24,6 +28,12 @@ def looks_at(probe: BoundProbe) -> str:
     views = {"all": "every view", "base": "base views alone", "tiles": "tiles alone"}[probe.views]
     together = "each view for itself" if probe.group == "view" else "all views of a picture together"
     return f"{views}, {together}"
+
+
+def lasting(probe: BoundProbe) -> str:
+    """For how long, and where the rest stands."""
+    assert probe.edit is not None
+    return FOR_GOOD + PLACES[probe.edit.do.variants[0].get("positions", "keep")]
 
 
 def patches_left(probes: Sequence[BoundProbe], facts: ModelFacts) -> str:

@@ -75,13 +75,16 @@ class Views:
 
     `box (views, patches, 4)` float32: what each patch sees, as fractions of its picture (without area if only padding);
     `picture (views,)` int16; `base[v]`: whether a view shows its picture whole (else it is a tile of it); `place[v]`:
-    which of the prompt's places for pictures the view goes to.
+    which of the prompt's places for pictures the view goes to. Without pruning `tokens[p]` visual tokens would stand
+    at place p, and `token (views, patches)` int64 says which of them shows what a patch sees.
     """
 
     box: Tensor
     picture: Tensor
     base: tuple[bool, ...]
     place: tuple[int, ...]
+    token: Tensor
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Survivors:
     there, T in all. `alive[v] (n,)` int64: the numbers of a view's tokens as they stand, which the first n rows of its
     `Features.projected` hold (padding behind). `holder (views * patches,)` int64: the token that each patch is in now:
     itself, the one it was merged into, or -1. `view (T,)` int64; `size (T,)` float32: original patches behind a token;
-    `fate (T,)` uint8 of `Fate`: what became of every number (kept: it is alive).
+    `fate (T,)` uint8 of `Fate`: what became of every number (kept: it is alive). `compact` says that the sequence gets
+    fresh positions, as if it had been so short from the start; else everything keeps the positions of the unpruned one.
     """
 
     alive: tuple[Tensor, ...]
@@ -101,6 +105,7 @@ class Survivors:
     size: Tensor
     fate: Tensor
     views: Views
+    compact: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,19 +35,6 @@ class Cells:
     picture: Tensor
 
 
-@dataclass(frozen=True)
-class Patches:
-    """What the encoder's patches see, before views are joined, pooled or trimmed.
-
-    `box (views, patches, 4)` float32 as in `Cells`; `picture (views,)` int16, from 0 within the layout; `base[v]`:
-    whether a view shows its picture whole.
-    """
-
-    box: Tensor
-    picture: Tensor
-    base: tuple[bool, ...]
-
-
 class Layout(Protocol):
     """How one picture's views are laid out."""
 
@@ -72,10 +59,6 @@ class Layout(Protocol):
 
     def cells(self) -> Cells:
         """Description of the `count` tokens."""
-        ...
-
-    def patches(self) -> Patches:
-        """Description of the patches of the `views` consumed, as the encoder has them."""
         ...
 
 
@@ -136,20 +119,6 @@ class Tiled:
             torch.zeros(self.count, dtype=torch.int16),
         )
 
-    def patches(self) -> Patches:
-        """The base view's patches, then every tile's; the black margin of the canvas is taken away from the boxes."""
-        geometry, (x0, y0, x1, y1) = self.tiling.geometry, self.tiling.pasted
-        edges = patch_edges(geometry)
-        box = [boxes(edges / geometry.tile, edges / geometry.tile)]
-        across, down = self.tiling.grid
-        for row in range(down):
-            for column in range(across):
-                x = ((edges + column * geometry.tile - x0) / (x1 - x0)).clamp(0, 1)
-                y = ((edges + row * geometry.tile - y0) / (y1 - y0)).clamp(0, 1)
-                box.append(boxes(x, y))
-        base = tuple(v == 0 for v in range(self.views))
-        return Patches(torch.stack(box).flatten(1, 2).float(), torch.zeros(self.views, dtype=torch.int16), base)
-
 
 @dataclass(frozen=True)
 class Plain:
@@ -174,7 +143,7 @@ class Plain:
 
     def cells(self) -> Cells:
         """Description of the tokens; the grey margin of the square is taken away from the boxes."""
-        box = self._boxes(view_edges(self.geometry, self.geometry.side))
+        box = self.boxes(view_edges(self.geometry, self.geometry.side))
         newline = torch.zeros(self.count, dtype=torch.bool)
         if self.closed:
             newline[-1] = True
@@ -182,18 +151,13 @@ class Plain:
         zeros = torch.zeros(self.count, dtype=torch.int16)
         return Cells(newline, box, zeros, zeros)
 
-    def _boxes(self, edges: Tensor) -> Tensor:
-        """Edges in pixels of the view, the same across and down, to `(tokens, 4)`."""
+    def boxes(self, edges: Tensor) -> Tensor:
+        """Edges in pixels of the view, the same across and down, to what lies between them: `(tokens, 4)`."""
         side = max(self.width, self.height)
         edges = edges / self.geometry.tile * side
         left, top = (side - self.width) // 2, (side - self.height) // 2
         box = boxes(((edges - left) / self.width).clamp(0, 1), ((edges - top) / self.height).clamp(0, 1))
         return box.flatten(0, 1).float()
-
-    def patches(self) -> Patches:
-        """The patches of the one view."""
-        box = self._boxes(patch_edges(self.geometry))
-        return Patches(box[None], torch.zeros(1, dtype=torch.int16), (True,))
 
 
 @dataclass(frozen=True)
@@ -266,12 +230,6 @@ class Clip:
         before = torch.where(newline, table[:, 4].roll(1), table[:, 4]).to(torch.int16)
         return Cells(newline, table[:, :4].float(), before, before)
 
-    def patches(self) -> Patches:
-        """Every frame's patches, unpooled."""
-        edges = patch_edges(self.geometry) / self.geometry.tile
-        box = boxes(edges, edges).flatten(0, 1).float().expand(self.frames, -1, -1)
-        return Patches(box, torch.arange(self.frames, dtype=torch.int16), (True,) * self.frames)
-
 
 def resize(grid: Tensor, shape: tuple[int, int]) -> Tensor:
     """`(rows, columns, width)` to `(*shape, width)`, bilinearly, edges aligned, without smoothing."""
@@ -304,12 +262,6 @@ def boxes(x: Tensor, y: Tensor) -> Tensor:
 def view_edges(geometry: Geometry, n: int) -> Tensor:
     """First and last pixel edge of each of `n` tokens along a view's side: `(n, 2)` float64."""
     edges = torch.arange(n + 1).double() * geometry.seen / n
-    return torch.stack([edges[:-1], edges[1:]], -1)
-
-
-def patch_edges(geometry: Geometry) -> Tensor:
-    """First and last pixel edge of each patch along a view's side, as the encoder has them: `(n, 2)` float64."""
-    edges = torch.arange(geometry.patches + 1).double() * geometry.patch
     return torch.stack([edges[:-1], edges[1:]], -1)
 
 

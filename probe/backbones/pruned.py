@@ -18,6 +18,7 @@ from torch import Tensor
 
 from probe.backbones.base import Features, Prompt, Survivors, Views
 from probe.backbones.layout import Layout
+from probe.backbones.patches import patches_of
 from probe.backbones.sequence import Embed
 from probe.backbones.splice import IMAGE, splice
 from probe.errors import ProbeError
@@ -26,7 +27,7 @@ from probe.site import Fate, Role
 
 def views_of(layouts: Sequence[Layout]) -> Views:
     """The views of several pictures, in order, from each one's layout."""
-    parts = [layout.patches() for layout in layouts]
+    parts = [patches_of(layout) for layout in layouts]
     picture, start = [], 0
     for layout, part in zip(layouts, parts, strict=True):
         picture.append(part.picture + start)
@@ -36,6 +37,8 @@ def views_of(layouts: Sequence[Layout]) -> Views:
         picture=torch.cat(picture).to(torch.int16),
         base=tuple(base for part in parts for base in part.base),
         place=tuple(i for i, layout in enumerate(layouts) for _ in range(layout.views)),
+        token=torch.cat([part.token for part in parts]),
+        tokens=tuple(layout.count for layout in layouts),
     )
 
 
@@ -86,12 +89,11 @@ def token_boxes(left: Survivors) -> Tensor:
 
 
 def prompt_of_survivors(
-    ids: Sequence[int], left: Survivors, joined: Joined, unpruned: int, embed: Embed, limit: int | None = None
+    ids: Sequence[int], left: Survivors, joined: Joined, embed: Embed, limit: int | None = None
 ) -> Prompt:
     """A sequence from ids in which `splice.IMAGE` stands for each place of `joined`.
 
-    `unpruned` is the number of visual tokens without any pruning. The sequence is cut to `limit` positions; tokens that
-    are cut off are dropped ones.
+    The sequence is cut to `limit` positions; tokens that are cut off are dropped ones.
     """
     device = joined.index.device
     done = splice(torch.tensor([list(ids)], device=device), None, joined.tokens, embed, limit=limit)
@@ -113,6 +115,28 @@ def prompt_of_survivors(
         box=token_boxes(left),
         view=left.view.to(torch.int16),
         picture=left.views.picture.to(device)[left.view],
+        position=None if left.compact else _positions(ids, left, joined)[: used.shape[0]],
         fate=fate,
-        unpruned=unpruned,
+        unpruned=sum(left.views.tokens),
     )
+
+
+def _positions(ids: Sequence[int], left: Survivors, joined: Joined) -> Tensor:
+    """`(P,)` int64: where everything would stand in the unpruned sequence; tokens that were added, with their view's
+    last patch.
+    """
+    token = left.views.token.to(left.holder.device)
+    patches = token.numel()
+    last = token[:, -1][left.view[patches:]]
+    of_number = torch.cat([token.flatten(), last])
+    parts: list[Tensor] = []
+    start = place = used = 0
+    for one in ids:
+        if one != IMAGE:
+            parts.append(of_number.new_tensor([start]))
+            start += 1
+            continue
+        n = joined.tokens[place].shape[0]
+        parts.append(start + of_number[joined.index[used : used + n]])
+        start, used, place = start + left.views.tokens[place], used + n, place + 1
+    return torch.cat(parts)

@@ -292,8 +292,7 @@ class TiledBackbone(Backbone):
         """A sequence from ids in which `splice.IMAGE` stands for each picture."""
         layouts = cast(Sequence[Layout], features.layout)
         if features.survivors is not None:
-            count = sum(layout.count for layout in layouts)
-            return prompt_of_survivors(ids, features.survivors, join(features), count, self.embed, self.max_length)
+            return prompt_of_survivors(ids, features.survivors, join(features), self.embed, self.max_length)
         tokens = lay_out(layouts, features.projected, self.image_newline)
         return with_pictures(ids, tokens, describe(layouts), self.embed, limit=self.max_length)
 

@@ -162,6 +162,11 @@ def test_a_backbone_that_pools_its_views_is_not_pooled_once_patches_are_gone(fol
         kept -= min(300, kept // 2)
     assert int((prompt.visual >= 0).sum()) == views * kept
     assert prompt.role.tolist() == [0, *[1] * (views * kept), 3, 3]
+    kept_there = compile_recipe(load_recipe("prune/tome", ["r=300", "positions=keep"]), model.facts)
+    again = model.with_pictures(ids, encode_with_probes(model, [image], kept_there).features)
+    assert torch.equal(again.embeds, prompt.embeds)
+    assert again.position is not None
+    assert torch.equal(bare.ids[again.position], again.ids), "four patches of a view share the position of a token"
     assert done.flops < model.encode_flops(model.encode_images([image]))
 
 
@@ -191,7 +196,7 @@ FOUR = "select: {top_k: {keep: 4}}, do: drop"
         (f"{OUT}, score: {{attention: {{queries: all, layer: -2}}}}, {FOUR}", "no layer 2 before it"),
         (f"{OUT}, score: {{attention: {{queries: all, correct: rotary}}}}, {FOUR}", "no rotary positions"),
         (f"{OUT}, score: norm, {FOUR.replace('drop', 'mask')}", "sequence of the language model"),
-        (f"{OUT}, score: norm, {FOUR.replace('drop', '{drop: {positions: keep}}')}", "learnt positions"),
+        (f"{OUT}, score: norm, {FOUR.replace('drop', '{drop: {answer_positions: shrunk}}')}", "knows no answer"),
         (f"{OUT}, score: norm, {FOUR.replace('drop', '{drop: {lasts: forward}}')}", "lost for the whole generation"),
         (f"{OUT}, score: norm, {FOUR.replace('4', '{0%: 5, 50%: 1}')}", "a schedule over the steps"),
         (f"{OUT}, score: {{norm: {{space: keys, layer: -5}}}}, {FOUR}", "no layer 5 before it"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from encoder_probes import (
+    APPEND,
     EDITS,
     INSIDE,
     OUTPUT,
@@ -149,8 +150,48 @@ def test_unpruned_patches_see_what_the_tokens_of_the_layout_see(size: tuple[int,
         across, down = tiling.grid
         tiles = views.box[1:].view(down, across, side, side, 4).transpose(1, 2).reshape(rows, columns, 4)
         torch.testing.assert_close(grid, tiles)
+        torch.testing.assert_close(cells.box[views.token[1:]], views.box[1:])
     whole = torch.cat([views.box[1:, :, :2].amin((0, 1)), views.box[1:, :, 2:].amax((0, 1))])
     assert torch.equal(whole, torch.tensor([0.0, 0.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("text", [PROJECTED, PROJECTED.replace("keep: 0.25", "keep: 1"), TILES])
+def test_dropping_behind_the_projector_is_dropping_before_the_language_model(
+    text: str, tiny: LladaV, picture: Image.Image
+) -> None:
+    """With positions kept, every row of the pruned prompt is the row of the unpruned one at its position."""
+    done = encode(tiny, [picture], text).features
+    pruned, whole = tiny.assemble("what is it?", done), tiny.assemble("what is it?", plain(tiny, picture))
+    assert pruned.position is not None
+    at = pruned.position
+    torch.testing.assert_close(pruned.embeds, whole.embeds[at])
+    assert torch.equal(pruned.role, whole.role[at])
+    assert torch.equal(pruned.ids, whole.ids[at])
+    seen = whole.visual[at]
+    torch.testing.assert_close(pruned.box[pruned.visual[seen >= 0]], whole.box[seen[seen >= 0]])
+    gone = set(range(whole.embeds.shape[0])) - set(at.tolist())
+    assert gone <= set((whole.visual >= 0).nonzero()[:, 0].tolist()), "only visual tokens and newlines are missing"
+    assert int(at.max()) == whole.embeds.shape[0] - 1, "the answer begins where it would"
+
+
+def test_positions_are_numbered_anew_where_a_probe_says_so(tiny: LladaV, picture: Image.Image) -> None:
+    kept, compact = PROJECTED, PROJECTED.replace("do: drop", "do: {drop: {positions: compact}}")
+    first = tiny.assemble("what?", encode(tiny, [picture], compact).features)
+    assert first.position is None
+    mixed = tiny.assemble("what?", encode(tiny, [picture], compact.replace("projected", "x") + kept).features)
+    assert mixed.position is None
+    again = tiny.assemble("what?", encode(tiny, [picture], kept).features)
+    assert torch.equal(again.embeds, first.embeds), "the same tokens, in the same order"
+    added = tiny.assemble("what?", encode(tiny, [picture], APPEND).features)
+    left = encode(tiny, [picture], APPEND).features.survivors
+    assert left is not None
+    assert added.position is not None
+    text = added.visual < 0
+    unpruned = tiny.assemble("what?", plain(tiny, picture))
+    assert torch.equal(added.position[text], (unpruned.visual < 0).nonzero()[:, 0])
+    fresh = added.visual >= 5 * tiny.facts.patches
+    start = int((unpruned.visual >= 0).nonzero()[0])
+    assert torch.equal(added.position[fresh] - start, left.views.token[:, -1])
 
 
 def test_several_pictures_are_one_view_each(tiny: LladaV, picture: Image.Image) -> None:
@@ -163,6 +204,10 @@ def test_several_pictures_are_one_view_each(tiny: LladaV, picture: Image.Image) 
     prompt = tiny.assemble("compare", done.features)
     assert prompt.picture[::patches].tolist() == [0, 1, 2]
     assert torch.equal(prompt.visual[prompt.visual >= 0], torch.cat(left.alive)), "one after the other"
+    whole = tiny.assemble("compare", tiny.encode_images(images))
+    assert prompt.position is not None
+    assert torch.equal(whole.ids[prompt.position], prompt.ids)
+    assert torch.equal(whole.picture[whole.visual[prompt.position]], prompt.picture[prompt.visual])
     together = encode(tiny, images, PICTURE).features.survivors
     assert together is not None
     assert [a.shape[0] for a in together.alive] == [patches // 4] * 3, "a picture of one view is decided by itself"

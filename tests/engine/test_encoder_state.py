@@ -30,7 +30,8 @@ def views_of(count: int, side: int) -> Views:
                 box.append([left + wide * x / side, y / side, left + wide * (x + 1) / side, (y + 1) / side])
     picture = torch.zeros(count, dtype=torch.int16)
     base = tuple(v == 0 for v in range(count))
-    return Views(torch.tensor(box).view(count, side * side, 4), picture, base, (0,) * count)
+    token = torch.arange(count * side * side).view(count, -1)
+    return Views(torch.tensor(box).view(count, side * side, 4), picture, base, (0,) * count, token, (token.numel(),))
 
 
 @dataclass
