@@ -212,3 +212,11 @@ FOUR = "select: {top_k: {keep: 4}}, do: drop"
 def test_what_an_encoder_cannot_do_is_refused_with_its_place(probe: str, said: str, tiny: LladaV) -> None:
     with pytest.raises(ProbeError, match=rf"<string>:\d+:\d+: .*{said}"):
         compile_recipe(parse_recipe(f"{HEADER}- {{{probe}}}\n"), tiny.facts)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "encoder.md"
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL))
+def test_snippets_of_the_page_do_something(snippet: str, tiny: LladaV, picture: Image.Image) -> None:
+    assert encode(tiny, [picture], snippet).features.survivors is not None
