@@ -15,6 +15,7 @@ from probe.compile_fit import check_choice, check_layers, check_scores
 from probe.errors import ProbeError
 from probe.recipe import Part, ProbeSpec, Recipe
 from probe.recipe_at import Layers, Steps
+from probe.recipe_when import Condition
 from probe.recipe_words import Wrong
 from probe.recipe_yaml import KeyPath
 from probe.registry import Entry, Registry, nearest
@@ -56,6 +57,7 @@ class BoundProbe:
     steps: Steps
     place: str
     line: int | None
+    when: tuple[Condition, ...] = ()
     views: str = "all"
     group: str = "view"
 
@@ -64,8 +66,8 @@ class BoundProbe:
         return self.steps.fires(clock)
 
     def fires_for(self, clock: Clock, sample: int) -> bool:
-        """Whether it acts on this sample of the batch, in a pass in which it fires."""
-        return True
+        """Whether it acts on this sample of the batch, in a pass in which it fires (but for `when`)."""
+        return self.steps.fires_for(clock, sample)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class ProbeTable:
 
     def at(self, clock: Clock) -> tuple[BoundProbe, ...]:
         """The probes that fire in the language model at the clock's step, in the recipe's order."""
+        if any(p.steps.of != "steps" or p.steps.exactly == ("prefill",) for p in self.probes):
+            return tuple(p for p in self.probes if not p.site.in_encoder and p.fires(clock))
         key = (clock.step, clock.nominal_steps)
         if key not in self._by_step:
             self._by_step[key] = tuple(p for p in self.probes if not p.site.in_encoder and p.fires(clock))
@@ -144,7 +148,7 @@ class _Compiler:
     def probes(self) -> list[BoundProbe]:
         if self.site.in_encoder:
             try:
-                check_site(self.site, self.spec.at.steps, self.facts)
+                check_site(self.site, self.spec.at.steps, bool(self.spec.at.when), self.facts)
             except Wrong as error:
                 raise self.fail(str(error), *error.path) from None
         layers = self.layers()
@@ -165,6 +169,7 @@ class _Compiler:
                 record,
                 self.spec.at.steps,
                 *at,
+                when=self.spec.at.when,
                 views=self.spec.at.views,
                 group=self.spec.at.group,
             )
@@ -236,6 +241,10 @@ class _Compiler:
             raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
         assert spec.do is not None
         operation = self.entry(self.words.operations, spec.do, "do")
+        sites = operation.meta.get("sites", EDIT_SITES)
+        if self.site not in sites:
+            allowed = " or ".join(f"`{s}`" for s in sites)
+            raise self.fail(f"`{spec.do.name}` acts at {allowed}, not at `{self.site}`", "do")
         selected = spec.select
         if selected is None:
             default = operation.meta.get("default_select")

@@ -42,13 +42,15 @@ ABSENT: dict[str, str] = {
 """Inputs of scores, selections and operations that are not there, and why."""
 
 
-def check_site(site: Site, steps: Steps, facts: ModelFacts) -> None:
-    """Refuse sites that the model's encoder lacks, and steps other than the whole generation."""
+def check_site(site: Site, steps: Steps, waits: bool, facts: ModelFacts) -> None:
+    """Refuse sites that the model's encoder lacks, and times other than the whole generation (`waits`: for signals)."""
     refused = dict(facts.refused)
     if site in refused:
         raise Wrong(f"{facts.name} has no `{site}`: {refused[site]}", "at", "site")
     if not facts.encoder_layers:
         raise Wrong(f"{facts.name} has no image encoder", "at", "site")
+    if waits:
+        raise Wrong("pictures are encoded before the first pass, so no signal has been recorded yet", "at", "when")
     if steps.exactly is not None:
         whole = steps.exactly[0] in ("first", 0)
     else:

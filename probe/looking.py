@@ -20,6 +20,7 @@ from torch import Tensor
 from probe.attend import Form, Reweighting, RowRequest, ask, forget
 from probe.backbones.base import Backbone
 from probe.compile import BoundProbe, Call
+from probe.conditions import Watch
 from probe.cost import DecoderDims
 from probe.decide import asked
 from probe.errors import ProbeError
@@ -74,6 +75,7 @@ class Looking:
         request: Pass,
         streams: int,
         probes: Sequence[BoundProbe],
+        watching: Watch,
     ) -> None:
         self._backbone = backbone
         self._dims = dims
@@ -87,12 +89,18 @@ class Looking:
         self._under_way: dict[Attended, _Gathering] = {}
         self._received: dict[Attended, tuple[_Gathering, Layout]] = {}
         self._each: set[Attended] = set()
+        self._spent = 0
         self._keys_wanted: set[int] = set()
         self._keys: dict[int, tuple[Tensor, Layout]] = {}
         self._reweight: dict[int, list[Reweight]] = {}
         self._rows: dict[QuerySet, tuple[Layout, tuple[Tensor, Tensor] | None]] = {}
         for probe in probes:
             self._note(probe)
+        self._watching = watching
+        for condition, layers in watching.layers.items():
+            for layer in layers:
+                key: Attended = (layer, cast(QuerySet, condition.source), "softmax")
+                self._wanted.setdefault(layer, set()).add(key)
 
     def _note(self, probe: BoundProbe) -> None:
         clock = self._request.clock
@@ -114,11 +122,12 @@ class Looking:
             if name in ("keys", "text_keys"):
                 self._keys_wanted.add(layer)
             elif name in ("received", "attended", "n_queries") and not params.get("projected"):
-                key = attended(layer, params)
-                self._wanted.setdefault(layer, set()).add(key)
-                self._scored.add(key)
-                if name == "attended":
-                    self._each.add(key)
+                for at in range(layer + 1) if params.get("layers") == "so_far" else [layer]:
+                    key = attended(at, params)
+                    self._wanted.setdefault(at, set()).add(key)
+                    self._scored.add(key)
+                    if name == "attended":
+                        self._each.add(key)
 
     def timed(self) -> AbstractContextManager[None]:
         """Time spent inside belongs to the probes."""
@@ -141,11 +150,10 @@ class Looking:
             scored = self._dims.at(layer).scored_rows(rows.shape[1], keys.width, key[2])
             averaged = self._dims.at(layer).averaged_rows(rows.shape[1], keys.width, key[2])
             flops += layout.batch * (self._streams * scored + averaged)
+        flops, self._spent = flops + self._spent, 0
         reweighting = self._reweighting(layer, layout, keys)
-        flops += sum(
-            layout.batch * self._streams * self._dims.at(layer).reweighted(r.rows.shape[1], keys.width)
-            for r in reweighting
-        )
+        again = sum(self._dims.at(layer).reweighted(r.rows.shape[1], keys.width) for r in reweighting)
+        flops += layout.batch * self._streams * again
         wants_keys = layer in self._keys_wanted
         if requests or reweighting or wants_keys:
             attention = self._backbone.layers[layer].attention
@@ -203,6 +211,10 @@ class Looking:
                     self._recorder.add(name, clock.pass_index, layer, value)
                 if key in self._scored:
                     self._received[key] = gathering, keys
+                for condition in self._watching.wanted(layer):
+                    if key[1:] == (condition.source, "softmax"):
+                        target = (keys.role == int(Role[condition.target.upper()])).to(received.dtype)
+                        self._watching.note_attention(condition, (received.mean(1) * target).sum(1))
 
     def has(self, key: Attended) -> bool:
         """Whether rows of this kind were there to look."""
@@ -298,6 +310,7 @@ class Looking:
             uids = torch.tensor(text, dtype=torch.int64, device=layout.row.device)
             embeds = canvas.embeds[b]
             seen = embeds.index_select(0, canvas.layout.visual_rows[b])
+            self._spent += 2 * seen.shape[0] * len(text) * embeds.shape[1]
             chosen = raters(seen, embeds.index_select(0, canvas.layout.locate_in(b, uids)))
             chosen = chosen | ~chosen.any()
             rows.append(layout.locate_in(b, uids))

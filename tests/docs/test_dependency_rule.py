@@ -68,9 +68,6 @@ EXACTLY: dict[str, set[str]] = {
     "ledger": {"site", "surgery"},
     "store": {"site", "surgery"},
     "signals": {"attend", "registry", "site"},
-    "scores": {"attend", "cost", "registry", "site"},
-    "selections": {"registry"},
-    "operations": {"registry", "site", "surgery"},
     "loop": {"canvas", "decoding", "errors", "site"},
     "canvas": {"backbones.base", "site", "surgery"},
     "signals.encoder": {"attend", "registry", "site"},
@@ -93,11 +90,25 @@ def test_lower_layers_import_no_more_than_they_may(name: str) -> None:
     assert found <= EXACTLY[name]
 
 
-def test_the_vocabulary_takes_types_only() -> None:
-    for name in ("signals", "scores"):
-        assert taken(name, "attend") == {"Form"}
-    assert taken("operations", "surgery") == {"Order", "Positions"}
-    assert taken("scores", "cost") <= {"pairwise"}
+PACKAGES = {
+    "scores": {"attend", "cost", "errors", "registry", "site"},
+    "selections": {"errors", "registry", "site"},
+    "operations": {"errors", "registry", "scores", "selections", "site", "surgery"},
+}
+"""What the files of a package may import besides each other."""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_vocabulary_knows_no_model_and_no_loop(package: str) -> None:
+    for name in (n for n in MODULES if n.split(".")[0] == package):
+        assert {m.split(".")[0] for m in ours(name)} - {package} <= PACKAGES[package], name
+        assert taken(name, "attend") <= {"Form"}
+        assert taken(name, "surgery") <= {"Positions"}
+        assert taken(name, "cost") <= {"pairwise"}
+
+
+def test_signals_take_types_only() -> None:
+    assert taken("signals", "attend") == {"Form"}
 
 
 def test_backbones_know_no_probe_no_loop_no_trace() -> None:
@@ -115,7 +126,7 @@ def test_only_its_state_changes_the_length_of_a_view() -> None:
 
 def test_only_the_engine_knows_both_the_loop_and_the_model() -> None:
     both = {n for n in MODULES if "loop" in ours(n) and any(m.split(".")[0] == "backbones" for m in ours(n))}
-    assert both == {"tracer", "pass_state", "looking", "generate", "runner"}
+    assert both <= {"tracer", "pass_state", "pass_source", "looking", "generate", "runner"}
 
 
 def test_recipes_and_traces_know_nothing_of_the_engine() -> None:
@@ -153,13 +164,18 @@ ALONG_A_SEQUENCE = {
     ("pass_state", "_conditioned"): "noise that slots show, as the model wants it",
     ("canvas", "write"): "committed embeddings into rows that are there",
     ("looking", "received"): "one sample's columns of averaged attention",
+    ("looking", "attended_rows"): "one sample's columns of attention rows",
+    ("looking", "keys"): "one sample's keys of chosen rows",
+    ("pass_source", "_projected"): "one sample's columns of attention",
+    ("attend", "_reweight"): "attention output of reweighted rows",
+    ("attend", "_with_bias"): "mask rows of a chunk",
     ("signals", "visual_importance"): "attention from keys to visual indices",
     ("loop", "_carry_out"): "a snapshot of tokens",
     ("assemble", "_signal"): "answer slots that are open in both runs",
 }
 """Functions outside of `surgery` that pick along dimension 1. None of them hands on a shortened sequence."""
-OUTSIDE = ("zoo", "views", "data", "decoding")
-"""Packages that hold no sequence (a decoding policy holds rows of answer slots)."""
+OUTSIDE = ("zoo", "views", "data", "decoding", "scores", "selections", "operations", "decide")
+"""Where no sequence is held: a decoding policy has rows of answer slots, the vocabulary one sample's tokens."""
 
 
 def test_only_surgery_changes_the_length_of_a_sequence() -> None:
