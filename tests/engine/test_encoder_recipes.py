@@ -16,6 +16,7 @@ from torch import Tensor
 
 from probe.backbones import load
 from probe.backbones.llada_v import LladaV
+from probe.backbones.llada_v_config import published_facts
 from probe.backbones.splice import IMAGE
 from probe.backbones.tiled import TiledBackbone
 from probe.compile import Vocabulary, compile_recipe
@@ -135,6 +136,27 @@ def test_shipped_recipes_do_what_they_say(name: str, tiny: LladaV, picture: Imag
     share = recipe.dial.get("keep")
     if isinstance(share, float):
         assert 0.5 * share < prompt.fate.eq(int(Fate.KEPT)).sum() / (5 * tiny.facts.patches) <= share + 1e-6
+
+
+@pytest.mark.parametrize(("name", "r"), [("study_tome", 14), ("study_tome", 21), ("study_tome", 25)])
+def test_the_study_s_merges_leave_what_it_reports(name: str, r: int) -> None:
+    """365, 183 and 79 of 729 patches on LLaDA-V's 26 layers."""
+    said = explain(load_recipe(f"study/{name}", [f"r={r}"]), published_facts())
+    assert f"{ {14: 365, 21: 183, 25: 79}[r] } tokens of a view's 729 patches" in re.sub(r"\s+", " ", said)
+
+
+def test_the_study_s_tome_on_lavida_drops_if_asked_to(tiny: LladaV, picture: Image.Image) -> None:
+    merged, dropped = (
+        encode_with_probes(tiny, [picture], compile_recipe(load_recipe("study/study_tome_lavida", sets), tiny.facts))
+        for sets in (["r=7"], ["r=7", "operation={drop: {order: raster, positions: compact}}"])
+    )
+    left, gone = merged.features.survivors, dropped.features.survivors
+    assert left is not None
+    assert gone is not None
+    assert [a.shape[0] for a in left.alive] == [a.shape[0] for a in gone.alive]
+    assert Fate.MERGED in left.fate
+    assert Fate.MERGED not in gone.fate
+    assert (gone.size == 1).all(), "no sizes in attention"
 
 
 FOLDERS = [p.parent for p in sorted(FIXTURES.glob("lavida*/config.json"))]

@@ -116,6 +116,19 @@ def test_trim_is_trim_written_out(folder: Path, picture: Image.Image) -> None:
     assert prompt.n_original == model.assemble(QUESTION, model.encode_images([picture])).n_visual
 
 
+def test_the_study_s_trim_loses_its_tiles_only_if_asked_to(folder: Path, picture: Image.Image) -> None:
+    model = load(folder)
+    patches = model.facts.patches
+    counts = []
+    for tiles in ("1.0", "0.0"):
+        table = compile_recipe(load_recipe("study/study_trim", [f"tiles={tiles}"]), model.facts)
+        left = encode_with_probes(model, [picture], table, question=QUESTION).features.survivors
+        assert left is not None
+        counts.append([a.shape[0] for a in left.alive])
+    own = int(patches * 0.25) + 1
+    assert counts == [[own] * 5, [own, 0, 0, 0, 0]]
+
+
 def test_flops_include_the_text(folder: Path, picture: Image.Image) -> None:
     model = load(folder, attention="eager")
     table = compile_recipe(load_recipe("prune/trim"), model.facts)
