@@ -21,8 +21,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-Form = Literal["softmax", "head_mean_logits"]
-"""`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax."""
+Form = Literal["softmax", "head_mean_logits", "full_width"]
+"""`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax.
+`full_width`: as if there were one head over the full width, `softmax(q k^T / sqrt(heads * size))`."""
 
 CHUNK = 64
 """Rows per chunk. Bounds the extra memory of a request by heads x CHUNK x keys, however many rows it asks for."""
@@ -104,10 +105,11 @@ def attention_rows(
     batch, heads, _, size = query.shape
     wanted = query.gather(2, rows[:, None, :, None].expand(batch, heads, rows.shape[1], size))
     wanted = rearrange(wanted, "b (kv group) row size -> b kv group row size", kv=key.shape[1])
-    if form == "head_mean_logits":
-        # mean_h q_h . k_h is one product over the concatenated heads; the group's queries add up first
+    if form != "softmax":
+        # sum_h q_h . k_h is one product over the concatenated heads; the group's queries add up first
         q = rearrange(wanted.sum(2), "b kv row size -> b row (kv size)")
-        logits = (q @ rearrange(key, "b kv key size -> b (kv size) key"))[:, None] * (scaling / heads)
+        scaling /= heads if form == "head_mean_logits" else heads**0.5
+        logits = (q @ rearrange(key, "b kv key size -> b (kv size) key"))[:, None] * scaling
     else:
         logits = rearrange(wanted, "b kv group row size -> b kv (group row) size") @ key.transpose(2, 3) * scaling
         logits = rearrange(logits, "b kv (group row) key -> b (kv group) row key", row=rows.shape[1])
