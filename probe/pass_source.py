@@ -158,7 +158,7 @@ class SampleSource:
         seen = [looking.received((at, queries, form), self._b, self._uids, name) for at in layers]
         return seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
 
-    def _attended(self, params: Mapping[str, Any]) -> Tensor:
+    def _projected(self, params: Mapping[str, Any]) -> Tensor:
         """Attention of a layer that has not run yet: its norm and projections, applied to the rows that matter."""
         state, layer = self._state, self._probe.layer
         assert layer is not None and state.rope is not None
