@@ -166,16 +166,15 @@ def _reweight(
     scaling: float | None,
     reweighting: Sequence[Reweighting],
 ) -> Tensor:
-    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew."""
+    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew, chunk by chunk."""
     group = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    for one in reweighting:
-        at = one.rows[:, None, :, None]
-        chosen = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
-        bias = _with_bias(mask, one.rows, reweighting).to(query.dtype)
-        again = torch.nn.functional.scaled_dot_product_attention(chosen, keys, values, attn_mask=bias, scale=scaling)
-        again = again.transpose(1, 2)
-        output = output.scatter(1, one.rows[:, :, None, None].expand_as(again), again)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    for rows in (chunk for one in reweighting for chunk in one.rows.split(CHUNK, 1)):
+        chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        logits = (chosen @ keys.transpose(2, 3) * scale).float() + _with_bias(mask, rows, reweighting)
+        again = (logits.softmax(-1).to(values.dtype) @ values).transpose(1, 2)
+        output = output.scatter(1, rows[:, :, None, None].expand_as(again), again)
     return output
 
 

@@ -97,7 +97,7 @@ def planned(recipe: Recipe, n: int, kept: np.ndarray) -> None:
     if recipe.name.startswith("late_when"):  # when is the model's business, how many the recipe's
         assert set(np.unique(kept)) <= {n, round(shares[0] * n)}
         return
-    if recipe.probes[0].do is not None and recipe.probes[0].do.name == "recycle":  # recycled tokens are among the chosen
+    if getattr(recipe.probes[0].do, "name", "") == "recycle":  # recycled tokens are among the chosen
         assert kept.min() <= token_count(min(shares), n, "floor")
         return
     found = set(np.unique(kept).tolist())
