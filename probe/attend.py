@@ -162,15 +162,14 @@ _LOWEST = torch.finfo(torch.float32).min / 2
 def _reweight(
     again: Callable[[Tensor, Tensor], Tensor], output: Tensor, query: Tensor, mask: Tensor | None, asked: _Asked
 ) -> Tensor:
-    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew.
+    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew, chunk by chunk.
 
     `again(query, mask)` is the kernel over the same keys and values.
     """
-    for one in asked.reweighting:
-        at = one.rows[:, None, :, None]
-        chosen = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
-        fresh = again(chosen, _with_bias(mask, one.rows, asked.reweighting).to(query.dtype))
-        output = output.scatter(1, one.rows[:, :, None, None].expand_as(fresh), fresh)
+    for rows in (chunk for one in asked.reweighting for chunk in one.rows.split(CHUNK, 1)):
+        chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        fresh = again(chosen, _with_bias(mask, rows, asked.reweighting).to(query.dtype))
+        output = output.scatter(1, rows[:, :, None, None].expand_as(fresh), fresh)
     return output
 
 

@@ -236,13 +236,13 @@ class _Compiler:
 
     def edits(self, layers: tuple[int | None, ...]) -> list[Edit]:
         spec, n = self.spec, len(layers)
-        if self.site not in EDIT_SITES:
-            allowed = ", ".join(f"`{s}`" for s in EDIT_SITES if s.in_encoder == self.site.in_encoder)
-            raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
         assert spec.do is not None
         operation = self.entry(self.words.operations, spec.do, "do")
-        sites = operation.meta.get("sites", EDIT_SITES)
-        if self.site not in sites:
+        sites = operation.meta.get("sites")
+        if sites is None and self.site not in EDIT_SITES:
+            allowed = ", ".join(f"`{s}`" for s in EDIT_SITES if s.in_encoder == self.site.in_encoder)
+            raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
+        if sites is not None and self.site not in sites:
             allowed = " or ".join(f"`{s}`" for s in sites)
             raise self.fail(f"`{spec.do.name}` acts at {allowed}, not at `{self.site}`", "do")
         selected = spec.select

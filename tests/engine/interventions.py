@@ -132,7 +132,7 @@ EDITS: dict[str, str] = {
 """,
     "reweight": """
 - name: edit
-  at: {site: layer.input, layers: all}
+  at: {site: layer.attention, layers: all}
   do: {reweight_attention: {from: [answer], to: [visual], factor: 3.0}}
 """,
     "rotary": """
