@@ -84,12 +84,22 @@ def forget(attention: nn.Module) -> None:
     attention.__dict__.pop(_SLOT, None)
 
 
-def attention_rows(query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None, scaling: float, form: Form) -> Tensor:
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    form: Form,
+    *,
+    mask_is_of_rows: bool = False,
+) -> Tensor:
     """Softmax weights of some query rows over all keys, in float32.
 
     `query (batch, head, length, size)`, `key (batch, kv head, key, size)` (grouped heads allowed),
     `rows (batch, row)`, `mask` None, boolean (True: may attend) or additive, broadcastable to
-    `(batch, head, length, key)`. Returns `(batch, head or 1, row, key)`.
+    `(batch, head, length, key)`, or with `mask_is_of_rows` to `(batch, head, row, key)`.
+    Returns `(batch, head or 1, row, key)`.
     """
     batch, heads, _, size = query.shape
     wanted = query.gather(2, rows[:, None, :, None].expand(batch, heads, rows.shape[1], size))
@@ -103,7 +113,7 @@ def attention_rows(query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None
         logits = rearrange(logits, "b kv (group row) key -> b (kv group) row key", row=rows.shape[1])
     logits = logits.float()
     if mask is not None:
-        if mask.shape[2] > 1 and mask.shape[2] != rows.shape[1]:
+        if mask.shape[2] > 1 and not mask_is_of_rows:
             mask = mask.expand(batch, *mask.shape[1:])
             mask = mask.gather(2, rows[:, None, :, None].expand(batch, mask.shape[1], rows.shape[1], mask.shape[3]))
         if mask.dtype == torch.bool:
@@ -123,8 +133,10 @@ def _answer_requests(
         for request in asked.requests:
             for first in range(0, request.rows.shape[1], CHUNK):
                 rows = request.rows[:, first : first + CHUNK]
-                seen = _with_bias(mask, rows, asked.reweighting) if asked.reweighting else mask
-                request.receive(attention_rows(query, key, rows, seen, scale, request.form), first)
+                again = bool(asked.reweighting)
+                seen = _with_bias(mask, rows, asked.reweighting) if again else mask
+                weights = attention_rows(query, key, rows, seen, scale, request.form, mask_is_of_rows=again)
+                request.receive(weights, first)
 
 
 def _with_bias(mask: Tensor | None, rows: Tensor, reweighting: Sequence[Reweighting]) -> Tensor:

@@ -14,6 +14,7 @@ from probe.compile_fit import check_choice, check_layers, check_scores
 from probe.errors import ProbeError
 from probe.recipe import Part, ProbeSpec, Recipe
 from probe.recipe_at import Layers, Steps
+from probe.recipe_when import Condition
 from probe.recipe_words import Wrong
 from probe.recipe_yaml import KeyPath
 from probe.registry import Entry, Registry, nearest
@@ -51,14 +52,15 @@ class BoundProbe:
     steps: Steps
     place: str
     line: int | None
+    when: tuple[Condition, ...] = ()
 
     def fires(self, clock: Clock) -> bool:
         """Whether the probe acts in a pass of this step."""
         return self.steps.fires(clock)
 
     def fires_for(self, clock: Clock, sample: int) -> bool:
-        """Whether it acts on this sample of the batch, in a pass in which it fires."""
-        return True
+        """Whether it acts on this sample of the batch, in a pass in which it fires (but for `when`)."""
+        return self.steps.fires_for(clock, sample)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class ProbeTable:
 
     def at(self, clock: Clock) -> tuple[BoundProbe, ...]:
         """The probes that fire at the clock's step, in the recipe's order."""
+        if any(p.steps.of != "steps" or p.steps.exactly == ("prefill",) for p in self.probes):
+            return tuple(p for p in self.probes if p.fires(clock))
         key = (clock.step, clock.nominal_steps)
         if key not in self._by_step:
             self._by_step[key] = tuple(p for p in self.probes if p.fires(clock))
@@ -140,7 +144,7 @@ class _Compiler:
             edits = list(self.edits(layers))
         at = (self.recipe.place(self.path), self.recipe.line(self.path))
         return [
-            BoundProbe(self.spec.name, self.site, layer, edit, record, self.spec.at.steps, *at)
+            BoundProbe(self.spec.name, self.site, layer, edit, record, self.spec.at.steps, *at, self.spec.at.when)
             for layer, edit, record in zip(layers, edits, records, strict=True)
         ]
 

@@ -71,6 +71,9 @@ def _probe(
     count = facts.layers
     layers = _layers([p.layer for p in probes if p.layer is not None], count)
     rows = [("where", _SITES[first.site].format(layers=layers)), ("when", _steps(first.steps, nominal))]
+    if first.when:
+        conditions = " and ".join(condition.in_words() for condition in first.when)
+        rows.append(("only", f"for a sample from the pass on before which {conditions}"))
     if first.edit is None:
         for record in first.records:
             entry = record.signal.entry
@@ -173,6 +176,12 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _steps(steps: Steps, nominal: int | None) -> str:
+    if steps.exactly == ("prefill",):
+        return "when the prompt is computed for a cache"
+    if steps.of != "steps":
+        start = _percent(float(steps.span.start))
+        share = "all along" if not steps.span.start else f"from {start} of the {steps.of} on"
+        return share + ("" if steps.span.stop is None else f", up to {_percent(float(steps.span.stop))}")
     if nominal is None:
         return _steps_in_words(steps)
     fired = [step for step in range(nominal) if steps.includes(step, nominal)]

@@ -86,6 +86,7 @@ def generate(
         else:
             with watch.section("probe"):
                 gatherer.add(event)
+            tracer.observe(event)
             if on_step is not None:
                 on_step(event)
     if device.type == "cuda":

@@ -20,6 +20,7 @@ from torch import Tensor
 from probe.attend import Form, Reweighting, RowRequest, ask, forget
 from probe.backbones.base import Backbone
 from probe.compile import BoundProbe, Call
+from probe.conditions import Watch
 from probe.cost import DecoderDims
 from probe.decide import asked
 from probe.errors import ProbeError
@@ -74,6 +75,7 @@ class Looking:
         request: Pass,
         streams: int,
         probes: Sequence[BoundProbe],
+        watching: Watch,
     ) -> None:
         self._backbone = backbone
         self._dims = dims
@@ -93,6 +95,11 @@ class Looking:
         self._rows: dict[QuerySet, tuple[Layout, tuple[Tensor, Tensor] | None]] = {}
         for probe in probes:
             self._note(probe)
+        self._watching = watching
+        for condition, layers in watching.layers.items():
+            for layer in layers:
+                key: Attended = (layer, cast(QuerySet, condition.source), "softmax")
+                self._wanted.setdefault(layer, set()).add(key)
 
     def _note(self, probe: BoundProbe) -> None:
         clock = self._request.clock
@@ -142,9 +149,8 @@ class Looking:
             averaged = self._dims.at(layer).averaged_rows(rows.shape[1], keys.width, key[2])
             flops += layout.batch * (self._streams * scored + averaged)
         reweighting = self._reweighting(layer, layout, keys)
-        flops += sum(
-            layout.batch * self._streams * self._dims.at(layer).reweighted(r.rows.shape[1], keys.width) for r in reweighting
-        )
+        again = sum(self._dims.at(layer).reweighted(r.rows.shape[1], keys.width) for r in reweighting)
+        flops += layout.batch * self._streams * again
         wants_keys = layer in self._keys_wanted
         if requests or reweighting or wants_keys:
             attention = self._backbone.layers[layer].attention
@@ -202,6 +208,10 @@ class Looking:
                     self._recorder.add(name, clock.pass_index, layer, value)
                 if key in self._scored:
                     self._received[key] = gathering, keys
+                for condition in self._watching.wanted(layer):
+                    if key[1:] == (condition.source, "softmax"):
+                        target = (keys.role == int(Role[condition.target.upper()])).to(received.dtype)
+                        self._watching.note_attention(condition, (received.mean(1) * target).sum(1))
 
     def has(self, key: Attended) -> bool:
         """Whether rows of this kind were there to look."""

@@ -14,7 +14,7 @@ One host synchronisation per pass: the tokens of the answer, which policies and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Protocol
 
@@ -154,7 +154,7 @@ def denoise(
     device = canvas.embeds.device
     mask_embed = embed(torch.tensor(rule.mask_id, device=device))
     rule.caching.check(rule, forward.shift)
-    state = _begin(canvas, rule, mask_embed, noise)
+    state = _begin(canvas, rule, mask_embed, noise, forward.shift)
     tokens = torch.from_numpy(state.tokens).to(device)
     if rule.prior:
         at = [state.first + slot for slot, _ in rule.prior]
@@ -171,6 +171,7 @@ def denoise(
                 kind = type(rule.caching).__name__
                 raise ProbeError(f"step {clock.step}: {reason}, but the cache `{kind}` computes only some rows here")
             work = again
+        ask = _within(state, ask, work)
         clock = _clock(state, ask, work.phase)
         if ask.show is not None:
             shown_rows = torch.from_numpy(state.rows[:, ask.columns]).to(device)
@@ -191,8 +192,9 @@ def denoise(
             decision = rule.unmasking.decide(state, ask, logits)
         masked_before = [state.numbers[m].tolist() for m in state.masked]
         tokens = _carry_out(state, canvas, request, ask, decision, tokens, embed, mask_embed)
-        if further := rule.unmasking.fill(state, ask, decision):
-            tokens = _fill(state, canvas, further, tokens, embed)
+        for policy in (rule.unmasking, rule.length):
+            if further := policy.fill(state, ask, decision):
+                tokens = _fill(state, canvas, further, tokens, embed)
         rule.caching.after(state, ask, decision)
         first = state.first
         yield Step(
@@ -232,7 +234,7 @@ def denoise(
     yield Finished(output=output, stop_at=state.stop_at, passes=state.passes, canvas=canvas)
 
 
-def _begin(canvas: Canvas, rule: Rule, mask_embed: Tensor, noise: Sequence[Draw]) -> State:
+def _begin(canvas: Canvas, rule: Rule, mask_embed: Tensor, noise: Sequence[Draw], shift: int) -> State:
     """Slots: masked-looking prompt rows (negative numbers) first, then the answer."""
     batch, gen = canvas.layout.batch, rule.gen_length
     stray = _stray_prompt_slots(canvas, mask_embed) if rule.unmasking.decodes_prompt else [[]] * batch
@@ -256,6 +258,7 @@ def _begin(canvas: Canvas, rule: Rule, mask_embed: Tensor, noise: Sequence[Draw]
         draw=noise,
         device=canvas.embeds.device,
         stop_at=[None] * batch,
+        shift=shift,
         filled_at=np.full((batch, len(numbers)), -1),
     )
 
@@ -285,6 +288,19 @@ def _computed(state: State, ask: Ask, work: Work) -> np.ndarray:
     out: np.ndarray = np.broadcast_to(chosen, (state.batch, state.slots)).copy()
     out[:, : state.first] = work.prompt == "all"  # slots that are prompt rows come and go with the prompt
     return out
+
+
+def _within(state: State, ask: Ask, work: Work) -> Ask:
+    """The ask without slots of which the pass computes no row: a windowed cache cuts off masks left behind."""
+    computed = _computed(state, ask, work)
+    usable = computed[:, ask.columns]
+    if state.shift:
+        before = np.where(ask.columns > state.first, ask.columns - 1, -1)
+        usable = usable | np.where(before >= 0, computed[:, before], work.prompt != "none")
+    if usable.all() or ask.show is not None:
+        return ask
+    at = usable.any(0)
+    return replace(ask, columns=ask.columns[at], eligible=(ask.eligible & usable)[:, at])
 
 
 def _request(state: State, canvas: Canvas, ask: Ask, work: Work, clock: Clock, *, guided: bool) -> Pass:
@@ -399,6 +415,9 @@ def _change(
     """Carry out what a length policy wants."""
     if state.batch != 1 and (change.insert or change.delete):
         raise ProbeError(f"slots can only come and go one sample at a time, not in a batch of {state.batch}")
+    if change.insert or change.delete:
+        canvas = _resize(state, canvas, change, mask_embed)
+        tokens = torch.from_numpy(state.tokens).to(state.device)
     if change.fill:
         at = list(change.fill)
         ids = torch.tensor([list(change.fill.values())] * state.batch, device=state.device)
@@ -408,9 +427,6 @@ def _change(
         tokens[:, at] = ids
         state.tokens[:, at] = ids.cpu().numpy()
         state.masked[:, at] = ids.cpu().numpy() == state.rule.mask_id
-    if change.insert or change.delete:
-        canvas = _resize(state, canvas, change, mask_embed)
-        tokens = torch.from_numpy(state.tokens).to(state.device)
     return canvas, tokens
 
 

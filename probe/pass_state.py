@@ -21,6 +21,7 @@ from probe.backbones.base import Backbone
 from probe.backbones.rows import Rows
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, Edit, ProbeTable
+from probe.conditions import Watch
 from probe.cost import DecoderDims
 from probe.decide import asked, decide
 from probe.ledger import Ledger
@@ -45,6 +46,7 @@ class Kit:
     watch: Stopwatch
     seeds: tuple[int, ...]
     store: KeyStore
+    watching: Watch
 
 
 class PassState:
@@ -82,7 +84,9 @@ class PassState:
         self._ids: Tensor | None = None
         self._masked: Layout | None = None
         self._masked_rows: Layout | None = None
-        self.looking = Looking(kit.backbone, kit.dims, kit.recorder, kit.watch, request, self.streams, probes)
+        self.looking = Looking(
+            kit.backbone, kit.dims, kit.recorder, kit.watch, request, self.streams, probes, kit.watching
+        )
         self._ordinal = {p.name: i for i, p in enumerate(kit.table.probes)}
 
     def timed(self) -> AbstractContextManager[None]:
@@ -161,6 +165,10 @@ class PassState:
         query = self._query_rows()
         keys = query if self.keys is self.layout else self._rows(self.keys, self.keys.position, None)
         masks = self.kit.backbone.sees(query, keys)
+        if self.keys.size is not None:  # proportional attention: a merged token counts for what stands behind it
+            bias = self.keys.size.log()[:, None, None, :].to(self.canvas.embeds.dtype)
+            lowest = torch.finfo(bias.dtype).min / 2
+            masks = tuple(bias if m is None else bias.masked_fill(~m, lowest) for m in masks)
         return masks if self.streams == 1 else tuple(None if m is None else torch.cat([m] * 2) for m in masks)
 
     @property
@@ -452,7 +460,7 @@ class PassState:
         rows = alive if layer is None and probe.site is Site.BEFORE_LM else self.layout
         plans: list[Plan | None] = []
         for b in range(self.batch):
-            if not probe.fires_for(self.clock, b):
+            if not (probe.fires_for(self.clock, b) and self.kit.watching.allows(probe.when, b)):
                 plans.append(None)
                 continue
             plans.append(decide(edit, SampleSource(self, probe, b, hidden, rows, alive), self.clock))

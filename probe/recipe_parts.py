@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 from probe.recipe_at import LayerField, Layers, LayersField, Steps, StepsField
+from probe.recipe_when import WhenField
 from probe.recipe_words import Wrong, check_keys, describe
 from probe.registry import nearest
 from probe.site import Site
@@ -75,6 +76,7 @@ class At(Section):
     layer: LayerField | None = None
     layers: LayersField | None = None
     steps: StepsField = Steps()
+    when: WhenField = ()
 
     @model_validator(mode="after")
     def _layers_fit_the_site(self) -> Self:
@@ -117,6 +119,8 @@ class ProbeSpec(Section):
             raise Wrong(f"both records and intervenes (`{edit[0]}`); make two probes of it", edit[0])
         if self.record is None and not edit:
             raise Wrong("does nothing: give it `record`, or `select` and `do`")
+        if self.record is not None and self.at.when:
+            raise Wrong("`when` belongs to interventions; a probe that records does so at all its steps", "at", "when")
         if self.record is not None and not self.record:
             raise Wrong("is an empty list; name the signals to record", "record")
         if self.record is None and self.do is None:

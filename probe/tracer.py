@@ -18,10 +18,11 @@ from torch import Tensor
 from probe.backbones.base import Backbone
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, ProbeTable
+from probe.conditions import Watch
 from probe.decide import asked
 from probe.ledger import Ledger
 from probe.looking import Recorder
-from probe.loop import Pass, PassResult
+from probe.loop import Pass, PassResult, Step
 from probe.pass_state import Kit, PassState
 from probe.probe_code import CodeProbe, run_traced
 from probe.site import Clock, Site
@@ -57,6 +58,9 @@ class Tracer:
             watch=watch or Stopwatch(device),
             seeds=tuple(seeds),
             store=KeyStore(dims.layers),
+            watching=Watch(
+                (c for p in table.probes for c in p.when), canvas.layout.batch, dims.layers, backbone.facts.name
+            ),
         )
         self.shift = backbone.shift
         self.code_probes = tuple(code_probes)
@@ -93,6 +97,14 @@ class Tracer:
         own = request.canvas.layout
         return PassResult(logits, state.canvas_after, own.length, own.locate(request.rows))
 
+    def observe(self, step: Step) -> None:
+        """The loop has decided: what conditions wait for."""
+        watching = self.kit.watching
+        if watching.conditions:
+            with self.kit.watch.section("probe"):
+                watching.note_logits(step.logits, step.confidence, step.eligible, step.clock)
+                watching.end_of_pass()
+
     def _head_places(self, state: PassState, request: Pass) -> Tensor:
         """`(batch, c)`: where the rows stand that predict the wanted slots."""
         rows = request.rows
@@ -112,7 +124,7 @@ class Tracer:
         self.rows.append(state.layout.length)
         code = [c for c in self.code_probes if c.fires(request.clock)]
         with ExitStack() as stack:
-            if probes or state.uneven:
+            if probes or state.uneven or self.kit.watching.layers:
                 stack.callback(state.looking.release)
                 for handle in attach(self.kit.backbone, state, probes):
                     stack.callback(handle.remove)

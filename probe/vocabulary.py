@@ -3,8 +3,54 @@
 from __future__ import annotations
 
 from probe import operations, scores, selections, signals
-from probe.decoding import autoregressive, caching, confidence, dimple, length
+from probe.decoding import (
+    autoregressive,
+    caching,
+    confidence,
+    daedal,
+    dimple,
+    dinfer,
+    dpad,
+    dream,
+    dreamon,
+    eos,
+    fast_cache,
+    fast_dllm,
+    flexmdm,
+    klass,
+    lavida,
+    length,
+    pc_sampler,
+    prophet,
+    remdm,
+    slowfast,
+    wino,
+)
 
 __all__ = [
-    "autoregressive", "caching", "confidence", "dimple", "length", "operations", "scores", "selections", "signals",
-]  # fmt: skip
+    "autoregressive",
+    "caching",
+    "confidence",
+    "daedal",
+    "dimple",
+    "dinfer",
+    "dpad",
+    "dream",
+    "dreamon",
+    "eos",
+    "fast_cache",
+    "fast_dllm",
+    "flexmdm",
+    "klass",
+    "lavida",
+    "length",
+    "operations",
+    "pc_sampler",
+    "prophet",
+    "remdm",
+    "scores",
+    "selections",
+    "signals",
+    "slowfast",
+    "wino",
+]

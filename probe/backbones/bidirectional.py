@@ -112,8 +112,9 @@ def llama_config(config: Mapping[str, Any], vocabulary: int, attention: str) -> 
 
 
 def qwen2_config(config: Mapping[str, Any], vocabulary: int, attention: str) -> Qwen2Config:
-    """transformers' settings of a Qwen2 without sliding windows, likewise."""
-    windows = {"use_sliding_window": bool(config.get("use_sliding_window"))}
+    """transformers' settings of a Qwen2, likewise."""
+    names = ("use_sliding_window", "sliding_window", "max_window_layers")
+    windows = {k: config[k] for k in names if config.get(k) is not None}
     return cast(Qwen2Config, _decoder_config(Qwen2Config, "a Qwen2", config, vocabulary, attention, windows))
 
 

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from probe.decoding import schedule, unmask
-from probe.decoding.policy import Ask, Decision, State, Unmasking
+from probe.decoding import schedule, scores
+from probe.decoding.blocks import Blockwise, check_steps, random_score
+from probe.decoding.policy import Ask, State
 from probe.decoding.rule import Rule
-from probe.errors import ProbeError
 from probe.registry import unmaskings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenSteps(Blockwise):
+    """Blocks with LLaDA's budget: `steps / blocks` passes each, the same number of tokens in every one."""
+
+    def check(self, rule: Rule) -> None:
+        """Blocks must divide the answer, and steps the blocks."""
+        check_steps(rule)
+
+    def budget(self, masked: int, rule: Rule) -> list[int] | None:
+        """The remainder goes one each to the first steps."""
+        return schedule.linear(masked, rule.steps // rule.n_blocks)
+
+    def step(self, rule: Rule, block: int, step_in_block: int, ran: int) -> int:
+        """Steps that a block leaves out count as done."""
+        return block * (rule.steps // rule.n_blocks) + step_in_block
 
 
 @unmaskings.register(name="confidence")
 @dataclass(frozen=True, kw_only=True)
-class Confidence(Unmasking):
+class Confidence(EvenSteps):
     """LLaDA and LLaDA-V: blocks left to right, a fixed number of tokens per step, the most confident first.
 
     Within a block of `block_length` slots, `steps / blocks` passes each commit the candidates of highest softmax
@@ -28,80 +44,37 @@ class Confidence(Unmasking):
 
     decodes_prompt = True
 
-    def check(self, rule: Rule) -> None:
-        """Blocks must divide the answer, and steps the blocks."""
-        check_blocks(rule)
-
-    def passes(self, state: State) -> Iterator[Ask]:
-        """Every step of every block in which a sample still has masks."""
-        rule = state.rule
-        per_block = rule.steps // rule.n_blocks
-        for block in range(rule.n_blocks):
-            low, high = block * rule.block_length, (block + 1) * rule.block_length
-            in_block = (state.numbers >= low) & (state.numbers < high)
-            over = [s is not None and s <= low for s in state.stop_at]
-            if all(over):
-                return
-            counts = [schedule.linear(int((masked & in_block).sum()), per_block) for masked in state.masked]
-            for i in range(per_block):
-                active = [not over[b] and still_decoding(state, b, in_block) for b in range(state.batch)]
-                if not any(active):
-                    break
-                limit = np.array([high if s is None else s for s in state.stop_at])
-                eligible = state.masked & (state.numbers[None] < limit[:, None]) & np.array(active)[:, None]
-                yield state.ask(
-                    eligible,
-                    [counts[b][i] if active[b] else 0 for b in range(state.batch)],
-                    active=active,
-                    step=block * per_block + i,
-                    window=(low + state.first, high + state.first),
-                    block=block,
-                    step_in_block=i,
-                )
-
-    def decide(self, state: State, ask: Ask, logits: Tensor) -> Decision:
-        """The `counts[b]` candidates of highest score."""
-        rule, device = state.rule, logits.device
-        uniform = None
-        if rule.temperature > 0:
-            assert state.places is not None
-            uniform = torch.stack(
-                [
-                    d.uniform_rows(n, at, logits.shape[-1])
-                    for d, n, at in zip(state.draw, state.alive, state.places, strict=True)
-                ]
-            ).to(device)
-        candidate = unmask.propose(logits, rule.temperature, uniform)
-        sure = unmask.confidence(logits, candidate)
-        score = sure
-        if rule.remasking == "random":
-            assert state.places is not None
-            where = state.places.cpu()
-            score = torch.stack([d.uniform(n)[at] for d, n, at in zip(state.draw, state.alive, where, strict=True)]).to(
-                device
-            )
-        eligible = torch.from_numpy(ask.eligible).to(device)
-        return Decision(candidate, sure, score, unmask.select(score, eligible, ask.counts))
+    def score(self, state: State, ask: Ask, logits: Tensor, candidate: Tensor, confidence: Tensor) -> Tensor:
+        """Confidence, or a random number."""
+        return random_score(state, confidence) if state.rule.remasking == "random" else confidence
 
 
-def check_blocks(rule: Rule) -> None:
-    """Blocks must divide the answer, and steps the blocks; raises `ProbeError` with a number that would do."""
-    if rule.gen_length % rule.block_length:
-        raise ProbeError(
-            f"gen_length {rule.gen_length} is no multiple of block_length {rule.block_length}; "
-            f"use e.g. block_length {rule.gen_length} (one block)"
-        )
-    if rule.steps % rule.n_blocks:
-        raise ProbeError(
-            f"steps {rule.steps} is no multiple of the {rule.n_blocks} blocks "
-            f"(gen_length {rule.gen_length} / block_length {rule.block_length}); "
-            f"use e.g. steps {max(1, rule.steps // rule.n_blocks) * rule.n_blocks}"
-        )
+@unmaskings.register(name="llada")
+@dataclass(frozen=True, kw_only=True)
+class Llada(Confidence):
+    """LLaDA as its own repository has it: the steps of a block run to the end, whether or not it holds a mask.
+
+    `last`: ids whose confidence counts as nothing once they are the candidate, so that they are committed after all
+    others (the repository's flag for end of sequence and end of turn).
+    """
+
+    runs_dry: ClassVar[bool] = True
+    last: tuple[int, ...] = ()
+
+    def score(self, state: State, ask: Ask, logits: Tensor, candidate: Tensor, confidence: Tensor) -> Tensor:
+        """Confidence without the `last` ids, or a random number."""
+        if self.last and state.rule.remasking != "random":
+            kept = logits.clone()
+            kept[..., list(self.last)] = -torch.inf
+            return scores.confidence(kept.double().softmax(-1), candidate)
+        return super().score(state, ask, logits, candidate, confidence)
 
 
-def still_decoding(state: State, sample: int, in_block: np.ndarray) -> bool:
-    """Whether a sample needs another step in this block: masks are left in it, and before its stop if it has one."""
-    masked, stop_at = state.masked[sample], state.stop_at[sample]
-    if stop_at is not None and not (masked & (state.numbers >= 0) & (state.numbers < stop_at)).any():
-        return False
-    return bool((masked & in_block).any())
+@unmaskings.register(name="left_to_right")
+@dataclass(frozen=True, kw_only=True)
+class LeftToRight(EvenSteps):
+    """A fixed number of tokens per step, the leftmost masked slots first: the order of an autoregressive model."""
+
+    def score(self, state: State, ask: Ask, logits: Tensor, candidate: Tensor, confidence: Tensor) -> Tensor:
+        """Minus the column."""
+        return -torch.from_numpy(ask.columns).to(confidence).expand_as(confidence)

@@ -101,7 +101,8 @@ class Change:
     """What a length policy does after a pass (batch of one; columns as before the change).
 
     `insert`: (column, count) pairs, `count` masked slots before that column (the number of slots: at the end).
-    `delete`: columns to remove. `fill`: column to token. `finish`: nothing is decoded after this pass.
+    `delete`: columns to remove. `fill`: column, as it is after the change, to token. `finish`: nothing is decoded after
+    this pass.
     """
 
     insert: tuple[tuple[int, int], ...] = ()
@@ -134,6 +135,8 @@ class State:
     """`(batch, c)` where the ask's columns stood in that sequence."""
     stop_at: list[int | None] = field(default_factory=list)
     passes: int = 0
+    shift: int = 0
+    """The row p - shift predicts slot p."""
     written: np.ndarray | None = None
     filled_at: np.ndarray | None = None
     finished: bool = False
@@ -237,6 +240,10 @@ class Caching:
 
 class Length:
     """Whether slots come or go. This one: never."""
+
+    def fill(self, state: State, ask: Ask, decision: Decision) -> dict[tuple[int, int], int]:
+        """Slots to write in this pass beside the commits, {(sample, column): token}; the commits stand in the state."""
+        return {}
 
     def after(self, state: State, ask: Ask, logits: Tensor, decision: Decision) -> Change | None:
         """What to change after a pass; `logits` as in `Unmasking.decide`. The state already holds the commits."""
