@@ -30,8 +30,6 @@ def write_tiny(name: str, folder: Path, *, layers: int = LAYERS, width: int = WI
         raise ProbeError(f"there is no small form of `{name}`; {nearest(name, list(known))}")
     if layers < 2 or width < 32 or width % 32:
         raise ProbeError(f"layers {layers}, width {width}: at least 2 layers, and a width that is a multiple of 32")
-    builder: str | Callable[..., Path] = known[name]
-    if isinstance(builder, str):
-        module, function = builder.split(":")
-        builder = getattr(import_module(module), function)
+    module, function = known[name].split(":")
+    builder: Callable[..., Path] = getattr(import_module(module), function)
     return builder(folder, layers=layers, width=width, seed=seed)

@@ -129,7 +129,7 @@ def write_gemma(
 
 def write_gemma_tokenizer(folder: Path, template: str | None = TEMPLATE, adds_bos: bool = False) -> None:
     """A tokenizer of bytes with Gemma's special tokens."""
-    more = {"unk_token": "<unk>", "mask_token": "<mask>"}
+    more: dict[str, Any] = {"unk_token": "<unk>", "mask_token": "<mask>"}
     write_byte_tokenizer(folder, SPECIAL, bos="<bos>", eos="<eos>", pad="<pad>", adds_bos=adds_bos, **more)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

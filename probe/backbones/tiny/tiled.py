@@ -204,7 +204,7 @@ def write_lavida_tokenizer(folder: Path, kind: str, template: str | None = "") -
     """Bytes and the kind's special tokens: Dream's as vocab.json and merges.txt, LLaDA's as tokenizer.json."""
     end = "<|endoftext|>"
     own = DREAM_TEMPLATE if kind == "dream" else LLADA_TEMPLATE
-    said = {} if template is None else {"chat_template": template or own}
+    said: dict[str, Any] = {} if template is None else {"chat_template": template or own}
     if kind == "dream":
         names = {"bos_token": "<|beginoftext|>", "eos_token": end, "pad_token": end}
         return write_split_tokenizer(folder, DREAM_TOKENS, kind="DreamTokenizer", merges=MERGES, **names, **said)
