@@ -205,6 +205,10 @@ class _Compiler:
             raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
         assert spec.do is not None
         operation = self.entry(self.words.operations, spec.do, "do")
+        sites = operation.meta.get("sites", EDIT_SITES)
+        if self.site not in sites:
+            allowed = " or ".join(f"`{s}`" for s in sites)
+            raise self.fail(f"`{spec.do.name}` acts at {allowed}, not at `{self.site}`", "do")
         selected = spec.select
         if selected is None:
             default = operation.meta.get("default_select")

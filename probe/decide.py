@@ -19,7 +19,7 @@ from probe.compile_call import Call
 from probe.errors import ProbeError
 from probe.selections.combinations import Groups, group_of
 from probe.selections.counts import Around, Count, attention_rank, how_many
-from probe.site import Choice, Clock, Plan
+from probe.site import Choice, Clock, Plan, Site
 
 INPUT_OF = {"per_token": "score", "pairwise": "similarity", "features": "features"}
 """What a selection calls a score of each kind."""
@@ -68,6 +68,24 @@ def asked(edit: Edit, clock: Clock) -> Iterator[tuple[str, dict[str, Any]]]:
         keep = params.get("keep")
         if isinstance(keep, Count) and "rank" in keep.reads and edit.score is not None:
             yield "attended", edit.score.params(clock)
+
+
+def reads_prompt(edit: Edit, site: Site, clock: Clock) -> str | None:
+    """Why an intervention must see prompt rows that are computed in the very pass; None when it need not."""
+    if site is Site.BEFORE_LM or edit.do.entry.meta.get("changes") == "attention":
+        return None
+    for name, params in asked(edit, clock):
+        if name in ("hidden", "layer_input"):
+            return "reads the hidden states of visual tokens"
+        if name in ("text_hidden", "text_keys"):
+            return "reads the question's rows"
+        if name in ("received", "attended") and (params.get("queries") in PROMPT_QUERIES or params.get("projected")):
+            return f"scores with attention from `{params.get('queries')}` rows"
+    return None
+
+
+PROMPT_QUERIES = ("question", "system", "visual", "raters", "raters_answer")
+"""Query sets that stand in the prompt."""
 
 
 def decide(edit: Edit, source: Source, clock: Clock) -> Plan | None:

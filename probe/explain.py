@@ -112,8 +112,13 @@ def _each(calls: Sequence[tuple[int | None, Call]], nominal: int | None, leave_o
 def _options(call: Call, nominal: int | None = None, leave_out: Iterable[str] = ()) -> str:
     """The parameters of a call in brackets, with their schedule if they have one."""
 
+    fields = call.entry.params.model_fields
+    quiet = call.entry.meta.get("quiet", ())
+
     def words(params: dict[str, Any]) -> str:
-        return ", ".join(f"{k} {_value(v)}" for k, v in params.items() if k not in leave_out)
+        shown = {k: v for k, v in params.items() if k not in leave_out and (k not in quiet or v != fields[k].default)}
+        inside = [f"{k} {', '.join(_part(c, nominal) for c in calls)}" for k, calls in call.nested.items()]
+        return ", ".join([f"{fields[k].alias or k} {_value(v)}" for k, v in shown.items()] + inside)
 
     if not words(call.variants[0]):
         return ""
@@ -122,10 +127,16 @@ def _options(call: Call, nominal: int | None = None, leave_out: Iterable[str] = 
     return f" [{'; '.join(f'{_from(share, nominal)}: {words(params)}' for share, params in call.segments)}]"
 
 
+def _part(call: Call, nominal: int | None) -> str:
+    """A part that stands inside another one."""
+    own = "" if call.score is None else f" by {_part(call.score, nominal)}"
+    return f"{call.entry.name}{_options(call, nominal)}{own}"
+
+
 def _kept(calls: Sequence[tuple[int | None, Call]], nominal: int | None, n_visual: int | None) -> str:
     """How many tokens a selection keeps, over the layers and steps."""
     entry = calls[0][1].entry
-    if "keep" not in calls[0][1].variants[0]:
+    if calls[0][1].variants[0].get("keep") is None:
         return f"{entry.name}: {entry.summary}{_options(calls[0][1])}"
     texts = []
     for _, call in calls:
@@ -146,6 +157,8 @@ def _tokens(params: dict[str, Any], n_visual: int | None) -> str:
     from probe.selections import token_count  # imports torch
 
     keep, rounding = params["keep"], params.get("round", "floor")
+    if not isinstance(keep, int | float):
+        return f"visual tokens counted by {keep}"
     if isinstance(keep, float):
         share = f"{_percent(keep)} of the sample's original visual tokens"
         if n_visual is None:

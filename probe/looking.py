@@ -89,6 +89,7 @@ class Looking:
         self._under_way: dict[Attended, _Gathering] = {}
         self._received: dict[Attended, tuple[_Gathering, Layout]] = {}
         self._each: set[Attended] = set()
+        self._spent = 0
         self._keys_wanted: set[int] = set()
         self._keys: dict[int, tuple[Tensor, Layout]] = {}
         self._reweight: dict[int, list[Reweight]] = {}
@@ -121,11 +122,12 @@ class Looking:
             if name in ("keys", "text_keys"):
                 self._keys_wanted.add(layer)
             elif name in ("received", "attended", "n_queries") and not params.get("projected"):
-                key = attended(layer, params)
-                self._wanted.setdefault(layer, set()).add(key)
-                self._scored.add(key)
-                if name == "attended":
-                    self._each.add(key)
+                for at in range(layer + 1) if params.get("layers") == "so_far" else [layer]:
+                    key = attended(at, params)
+                    self._wanted.setdefault(at, set()).add(key)
+                    self._scored.add(key)
+                    if name == "attended":
+                        self._each.add(key)
 
     def timed(self) -> AbstractContextManager[None]:
         """Time spent inside belongs to the probes."""
@@ -148,6 +150,7 @@ class Looking:
             scored = self._dims.at(layer).scored_rows(rows.shape[1], keys.width, key[2])
             averaged = self._dims.at(layer).averaged_rows(rows.shape[1], keys.width, key[2])
             flops += layout.batch * (self._streams * scored + averaged)
+        flops, self._spent = flops + self._spent, 0
         reweighting = self._reweighting(layer, layout, keys)
         again = sum(self._dims.at(layer).reweighted(r.rows.shape[1], keys.width) for r in reweighting)
         flops += layout.batch * self._streams * again
@@ -307,6 +310,7 @@ class Looking:
             uids = torch.tensor(text, dtype=torch.int64, device=layout.row.device)
             embeds = canvas.embeds[b]
             seen = embeds.index_select(0, canvas.layout.visual_rows[b])
+            self._spent += 2 * seen.shape[0] * len(text) * embeds.shape[1]
             chosen = raters(seen, embeds.index_select(0, canvas.layout.locate_in(b, uids)))
             chosen = chosen | ~chosen.any()
             rows.append(layout.locate_in(b, uids))

@@ -165,7 +165,7 @@ def denoise(
     for ask in chain([prefill] if prefill is not None else [], rule.unmasking.passes(state)):
         clock = _clock(state, ask)
         work = rule.caching.plan(state, ask)
-        if not _computes_all(work, ask) and (reason := forward.wants_every_row(clock)):
+        if work.prompt != "all" and (reason := forward.wants_every_row(clock)):
             again = rule.caching.refreshed(state, ask)
             if again is None:
                 kind = type(rule.caching).__name__
@@ -275,10 +275,6 @@ def _clock(state: State, ask: Ask, phase: Phase | None = None) -> Clock:
         phase=phase if phase is not None else ask.phase,
         committed=tuple(1 - float(m.mean()) for m in answer),
     )
-
-
-def _computes_all(work: Work, ask: Ask) -> bool:
-    return work.prompt == "all" and work.slots is None and ask.absent is None
 
 
 def _computed(state: State, ask: Ask, work: Work) -> np.ndarray:

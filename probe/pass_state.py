@@ -23,7 +23,7 @@ from probe.canvas import Canvas
 from probe.compile import BoundProbe, Edit, ProbeTable
 from probe.conditions import Watch
 from probe.cost import DecoderDims
-from probe.decide import asked, decide
+from probe.decide import asked, decide, reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Looking, Recorder, attended
 from probe.loop import Pass
@@ -457,6 +457,8 @@ class PassState:
         options = edit.do.params(self.clock)
         if self.clock.phase is Phase.PREFILL and self._unseen(edit, layer):
             return None, options  # its query rows come with the first denoising pass
+        if self.cached and reads_prompt(edit, probe.site, self.clock):
+            return None, options  # it acted when the prompt was computed
         rows = alive if layer is None and probe.site is Site.BEFORE_LM else self.layout
         plans: list[Plan | None] = []
         for b in range(self.batch):

@@ -19,7 +19,7 @@ from probe.backbones.base import Backbone
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, ProbeTable
 from probe.conditions import Watch
-from probe.decide import asked
+from probe.decide import reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult, Step
@@ -63,6 +63,7 @@ class Tracer:
             ),
         )
         self.shift = backbone.shift
+        self._acted: set[tuple[str, int | None]] = set()
         self.code_probes = tuple(code_probes)
         self.flops: list[dict[str, int]] = []
         """FLOPs of the whole batch by phase, one entry per pass."""
@@ -90,12 +91,14 @@ class Tracer:
             for probe in (p for p in firing if p.site is Site.FINAL):
                 state.at_final(probe, hidden)
         state.finish()
+        if request.work.prompt == "all":
+            self._acted |= {(p.name, p.layer) for p in firing}
         if request.work.cached:
             kit.ledger.keep_columns()
         state.flops["head"] = kit.dims.head(rows.numel())
         self.flops.append(state.flops)
-        own = request.canvas.layout
-        return PassResult(logits, state.canvas_after, own.length, own.locate(request.rows))
+        drawn_over = request.canvas.layout if request.work.prompt == "all" else self._computed
+        return PassResult(logits, state.canvas_after, drawn_over.length, drawn_over.locate(request.rows))
 
     def observe(self, step: Step) -> None:
         """The loop has decided: what conditions wait for."""
@@ -113,14 +116,21 @@ class Tracer:
         return state.layout.locate(rows)
 
     def wants_every_row(self, clock: Clock) -> str | None:
-        """Which probe of this step looks at rows that a cached pass does not compute, and why."""
+        """Which probe of this step looks at rows that a cached pass does not compute, and why.
+
+        One that has acted since its start, in a pass that computed the prompt, need not act again: what it removed is
+        gone from the columns.
+        """
         for probe in self.kit.table.at(clock):
-            if reason := needs_prompt_rows(probe, clock):
-                return f"probe `{probe.name}` {reason}"
+            if probe.edit is None or (probe.name, probe.layer) in self._acted:
+                continue
+            if reason := reads_prompt(probe.edit, probe.site, clock):
+                return f"probe `{probe.name}` ({probe.place}) {reason}"
         return None
 
     def _run(self, state: PassState, probes: list[BoundProbe], request: Pass) -> Tensor:
         inputs = state.model_inputs()
+        self._computed = state.layout
         self.rows.append(state.layout.length)
         code = [c for c in self.code_probes if c.fires(request.clock)]
         with ExitStack() as stack:
@@ -138,24 +148,6 @@ class Tracer:
                 return hidden
             hidden = self.kit.backbone.lm(**inputs).last_hidden_state
             return cast(Tensor, hidden)
-
-
-def needs_prompt_rows(probe: BoundProbe, clock: Clock) -> str | None:
-    """Why an intervention must see prompt rows computed in this very pass; None when it need not."""
-    if probe.edit is None or probe.site is Site.BEFORE_LM:
-        return None
-    for name, params in asked(probe.edit, clock):
-        if name in ("hidden", "layer_input"):
-            return "reads the hidden states of visual tokens"
-        if name in ("text_hidden", "text_keys"):
-            return "reads the question's rows"
-        if name in ("received", "attended") and (params.get("queries") in PROMPT_QUERIES or params.get("projected")):
-            return f"scores with attention from `{params.get('queries')}` rows"
-    return None
-
-
-PROMPT_QUERIES = ("question", "system", "visual", "raters", "raters_answer")
-"""Query sets that stand in the prompt."""
 
 
 def _skips_mlp(probe: BoundProbe) -> bool:

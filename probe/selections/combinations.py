@@ -36,7 +36,7 @@ def _without(tokens: Tensor, gone: Tensor) -> Tensor:
     return tokens[~torch.isin(tokens, gone)]
 
 
-@selections.register(gives=("part",))
+@selections.register(gives=("part",), quiet=("keep", "round"))
 def union(n: int, count: int | None, *, of: tuple[Pick, ...], keep: OptionalKeep = None) -> Choice:
     """What any of several selections keeps, each choosing from all tokens; the first one's tokens stand first."""
     everyone = torch.arange(n)
@@ -47,7 +47,7 @@ def union(n: int, count: int | None, *, of: tuple[Pick, ...], keep: OptionalKeep
     return _chosen(kept, count)
 
 
-@selections.register(gives=("part",))
+@selections.register(gives=("part",), quiet=("keep", "round"))
 def then(
     n: int, count: int | None, *, of: tuple[Pick, ...], keep: OptionalKeep = None, round: Rounding = "floor"
 ) -> Choice:

@@ -24,11 +24,11 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def random_weights(shapes: Shapes, seed: int, width: int, spread: float = 0.2) -> dict[str, Tensor]:
+def random_weights(shapes: Shapes, seed: int, width: int, spread: float = 0.3) -> dict[str, Tensor]:
     """Weights that make a model's answers depend on what it sees: sharper than an initialisation.
 
-    Matrices have the standard deviation `spread` at a width of 32, and less at larger ones, embeddings 0.5; scales
-    of norms lie around 1. A tensor depends on the seed and the order of the names alone.
+    Matrices have the standard deviation `spread` at a width of 32, and less at larger ones, embeddings 1; scales of
+    norms lie around 1. A tensor depends on the seed and the order of the names alone.
     """
     generator = torch.Generator().manual_seed(seed)
     scale = spread * (32 / width) ** 0.5
@@ -38,7 +38,7 @@ def random_weights(shapes: Shapes, seed: int, width: int, spread: float = 0.2) -
         if "norm" in name and name.endswith("weight"):
             weights[name] = 1 + 0.2 * noise
         else:
-            weights[name] = noise * (0.5 if any(part in name for part in EMBEDDINGS) else scale)
+            weights[name] = noise * (1.0 if any(part in name for part in EMBEDDINGS) else scale)
     return weights
 
 
