@@ -3,7 +3,7 @@
 An adapter is a function registered in `backbones` that returns its class (imported only when needed), with
 `accepts(config)` to recognise a checkpoint by its `config.json`, and two answers that need no weights:
 `facts(checkpoint)` for its sizes and `count(checkpoint, sizes)` for the visual tokens of a sample; `published` names
-models for which even the small files are not needed.
+models for which even the small files are not needed, and `tiny` builders of small random ones (`probe.backbones.tiny`).
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class KnownBackbone:
     published=(
         Published(llada_v_config.PUBLISHED_NAME, llada_v_config.published_facts, llada_v_config.published_count),
     ),
+    tiny={llada_v_config.PUBLISHED_NAME: "probe.backbones.tiny.tiled:write_llada_v"},
 )
 def llada_v() -> type[Backbone]:
     """LLaDA-V: Llama without a causal mask, SigLIP tiles with newlines, masked diffusion."""
@@ -78,6 +79,10 @@ def llada_v() -> type[Backbone]:
         Published(lavida_config.DREAM_NAME, lavida_config.dream_facts, lavida_config.published_count),
         Published(lavida_config.LLADA_NAME, lavida_config.llada_facts, lavida_config.published_count),
     ),
+    tiny={
+        lavida_config.DREAM_NAME: "probe.backbones.tiny.tiled:write_lavida_dream",
+        lavida_config.LLADA_NAME: "probe.backbones.tiny.tiled:write_lavida_llada",
+    },
 )
 def lavida() -> type[Backbone]:
     """LaViDa: Dream (Qwen2, logits shifted) or LLaDA (Llama) without a causal mask, pooled SigLIP tiles."""
@@ -91,6 +96,7 @@ def lavida() -> type[Backbone]:
     facts=dimple_config.facts_of,
     count=dimple_config.visual_count,
     published=(Published(dimple_config.PUBLISHED_NAME, dimple_config.published_facts, dimple_config.published_count),),
+    tiny={dimple_config.PUBLISHED_NAME: "probe.backbones.tiny.dimple:write_dimple"},
 )
 def dimple() -> type[Backbone]:
     """Dimple: Qwen2 without a causal mask, Qwen2.5-VL's tower at the picture's own size, shifted logits."""
@@ -110,6 +116,7 @@ def dimple() -> type[Backbone]:
             diffusion_gemma_config.published_count,
         ),
     ),
+    tiny={diffusion_gemma_config.PUBLISHED_NAME: "probe.backbones.tiny.diffusion_gemma:write_gemma"},
 )
 def diffusion_gemma() -> type[Backbone]:
     """DiffusionGemma: canvases that are re-noised, behind a causal prefix with Gemma 4's soft tokens."""
