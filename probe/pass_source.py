@@ -54,7 +54,7 @@ class SampleSource:
             return self._hidden_()
         simple = {
             "n": self.n,
-            "original": self._state.canvas.n_visual_at_start[self._b],
+            "original": self._state.canvas.originals[self._b],
             "progress": self._progress(),
             "layer_index": -1 if self._probe.layer is None else self._probe.layer,
         }

@@ -53,7 +53,7 @@ class Tracer:
             backbone=backbone,
             table=table,
             dims=dims,
-            ledger=Ledger(canvas.n_visual_at_start, dims.layers, device),
+            ledger=Ledger(canvas.n_visual_at_start, dims.layers, device, canvas.fates),
             recorder=recorder or Recorder(),
             watch=watch or Stopwatch(device),
             seeds=tuple(seeds),
