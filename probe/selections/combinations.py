@@ -141,8 +141,8 @@ def group_of(groups: Groups, n: int, view: Tensor | None = None, columns: int | 
 def window(n: int, columns: int, *, side: Annotated[int, Field(ge=1)] = 2) -> Choice:
     """Squares of a view's grid: the first token of each stays, the others are matched to it.
 
-    With `merge` it is pooling: the mean of every `side` x `side` tokens, smaller squares at the edges. `columns` are the
-    tokens per row; the grid must stand row by row without separators, as at the encoder's output.
+    With `merge` it is pooling: the mean of every `side` x `side` tokens, smaller squares at the edges. `columns` are
+    the tokens per row; the grid must stand row by row without separators, as at the encoder's output.
     """
     group = group_of(Groups("window", side), n, columns=columns)
     count = int(group.max()) + 1 if n else 0
