@@ -1,4 +1,4 @@
-"""What an intervention is given by name, for one sample of one pass: the engine's side of `decide.Source`."""
+"""What an intervention is given by name, for one sample of one pass: the engine's side of `inputs.Source`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from probe.backbones.base import Backbone
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, ProbeTable
 from probe.conditions import Watch
-from probe.decide import reads_prompt
+from probe.inputs import reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult, Step
