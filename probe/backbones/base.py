@@ -107,6 +107,12 @@ class Survivors:
     views: Views
     compact: bool = False
 
+    def to(self, device: torch.device) -> Survivors:
+        """The same on another device."""
+        alive = tuple(a.to(device) for a in self.alive)
+        held, view, size, fate = (x.to(device) for x in (self.holder, self.view, self.size, self.fate))
+        return Survivors(alive, held, view, size, fate, self.views, self.compact)
+
 
 @dataclass(frozen=True)
 class Features:
@@ -222,8 +228,11 @@ class Backbone(ABC, nn.Module):
         """Sizes that FLOPs of the encoder are counted from, layer by layer; None where no probe acts in it."""
         return None
 
-    def views(self, images: Sequence[Image.Image]) -> Views:
-        """How `encode_images` cuts these pictures into views. Needed where probes act in the encoder."""
+    def views(self, images: Sequence[Image.Image], *, clip: bool = False) -> Views:
+        """How `encode_images`, or of a `clip` `encode_video`, cuts these pictures into views.
+
+        Needed where probes act in the encoder.
+        """
         raise ProbeError(
             f"{self.facts.name} does not say how pictures are cut into views, so no probe acts in its encoder"
         )
