@@ -34,6 +34,10 @@ class DecoderDims:
         """One layer's gated MLP."""
         return 6 * rows * self.width * self.mlp
 
+    def condition(self, rows: int, *, told: bool) -> int:
+        """Preparing `rows` that show noise (`Backbone.condition`), with logits of an earlier pass if `told`."""
+        return 0
+
     def head(self, rows: int) -> int:
         """The vocabulary projection of `rows`."""
         return 2 * rows * self.width * self.vocabulary

@@ -143,6 +143,8 @@ class LayerModules:
     pre_attention_norm: nn.Module | None = None
     kind: int = 0
     """Which of the masks that `Backbone.sees` returns the layer takes."""
+    tables: slice = field(default_factory=lambda: slice(None), hash=False)
+    """Which part of the rotary tables (`Backbone.rotary`) the layer takes."""
     join: Callable[[Tensor, Tensor, Tensor], Tensor] = add
     """`join(residual, MLP output, position ids)`: the layer's output."""
 
@@ -165,6 +167,8 @@ class GenerationDefaults:
     block_length: int = 128
     steps: int = 128
     stop: tuple[str, ...] = field(default=())
+    stop_without_pictures: bool = False
+    """Whether `stop` also ends answers to questions without a picture (in LLaDA-V's published code it does not)."""
     unmask: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"confidence": {}})
     """Name of the unmasking policy -> its settings, as a recipe writes `generate.unmask`."""
     cache: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"none": {}})
