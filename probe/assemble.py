@@ -25,7 +25,7 @@ from probe.timing import PHASES
 from probe.trace_schema import Variable
 
 _FATES = {fate.name.lower(): int(fate) for fate in Fate}
-_PASSES = {phase.value: i for i, phase in enumerate(Phase)}
+_PASSES = {phase.value: i for i, phase in enumerate(Phase, 1)}
 _ROLES = {role.name.lower(): int(role) for role in (Role.VISUAL, Role.NEWLINE)}
 
 ALWAYS: tuple[Variable, ...] = (
