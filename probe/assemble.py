@@ -140,6 +140,11 @@ ALWAYS: tuple[Variable, ...] = (
 
 ENCODER: tuple[Variable, ...] = (
     Variable(
+        "visual_original", (), "1",
+        "visual tokens that the sample would have without pruning: what retention is a share of",
+        "tokens of the visual span of the unpruned sequence", dtype="int32",
+    ),
+    Variable(
         "encoder_tokens", ("encoder_layer", "view"), "1",
         "tokens of each view in the encoder layer's attention",
         "patches of the view that are neither merged away nor dropped, and tokens added to it", dtype="int32",

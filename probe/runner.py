@@ -302,6 +302,8 @@ def _one_sample(
         return _charged(result, see(side.bare))
 
     recording = sides[0].recording
+    if warm_up and sample.pictures:  # sides may see their pictures differently, so this too is paid for beforehand
+        _see(backbone, sample, sides[0].bare, seed, think=False)
     if warm_up and (timed or not recording):
         unrecorded(sides[0])  # the first run of all pays for what libraries do once
     turns = list(sides if compares or number % 2 == 0 else sides[::-1])
@@ -322,42 +324,46 @@ class _Seen:
     """A sample as the language model meets it, what that cost, and what probes recorded on the way."""
 
     prompt: Prompt
-    seconds: float
-    flops: float
-    probe_flops: float
+    seconds: Mapping[str, float]
+    """By phase: `encode` and `probe`."""
+    flops: Mapping[str, float]
     arrays: Mapping[str, np.ndarray]
 
 
 def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, *, think: bool) -> _Seen:
     """Encode a sample's pictures or clip under a table's probes, and lay the prompt out."""
     watch = Stopwatch(next(backbone.parameters()).device)
-    features, flops, probe_flops, arrays = None, 0.0, 0.0, dict[str, np.ndarray]()
+    features, flops, arrays = None, {"encode": 0.0, "probe": 0.0}, dict[str, np.ndarray]()
     with watch.section("encode"):
-        if sample.frames:
-            if table.encoder:
-                raise ProbeError("probes in the encoder act on pictures, not on the frames of a clip")
-            features = backbone.encode_video(sample.frames)
-            flops = backbone.encode_flops(features)
-        elif sample.images:
-            done = encode_with_probes(backbone, sample.images, table, question=sample.question, seed=seed, watch=watch)
-            features, flops, probe_flops, arrays = done.features, done.flops, done.probe_flops, done.arrays
-    seconds = sum(watch.drain().values())
-    return _Seen(backbone.assemble(sample.question, features, think=think), seconds, flops, probe_flops, arrays)
+        if sample.pictures:
+            done = encode_with_probes(
+                backbone,
+                sample.frames or sample.images,
+                table,
+                clip=bool(sample.frames),
+                question=sample.question,
+                seed=seed,
+                watch=watch,
+            )
+            features, arrays = done.features, done.arrays
+            flops = {"encode": done.flops, "probe": done.probe_flops}
+    spent = watch.drain()
+    seconds = {phase: sum(s for (_, p), s in spent.items() if p == phase) for phase in flops}
+    return _Seen(backbone.assemble(sample.question, features, think=think), seconds, flops, arrays)
 
 
 def _charged(result: Generated, seen: _Seen) -> Generated:
     """A result with its share of the encoding, and what was recorded there."""
     arrays = {**result.arrays, **seen.arrays}
     seconds, flops = arrays["seconds"].copy(), arrays["flops"].copy()
-    encode, probing = PHASES.index("encode"), PHASES.index("probe")
-    seconds[0, encode] = seen.seconds
-    flops[0, encode] = seen.flops
-    flops[0, probing] += seen.probe_flops
+    for phase in ("encode", "probe"):
+        seconds[0, PHASES.index(phase)] += seen.seconds[phase]
+        flops[0, PHASES.index(phase)] += seen.flops[phase]
     arrays |= {
         "seconds": seconds,
         "flops": flops,
-        "seconds_total": arrays["seconds_total"] + seen.seconds,
-        "flops_total": arrays["flops_total"] + seen.flops + seen.probe_flops,
+        "seconds_total": arrays["seconds_total"] + sum(seen.seconds.values()),
+        "flops_total": arrays["flops_total"] + sum(seen.flops.values()),
     }
     return replace(result, arrays=arrays)
 
