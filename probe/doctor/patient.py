@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from probe.attend import KERNELS
+from probe.attend import KERNELS, kernel_name
 from probe.backbones.base import Backbone, Prompt
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.rows import Rows
@@ -89,6 +89,18 @@ class Patient:
     def device(self) -> torch.device:
         """Where the embeddings are."""
         return next(self.backbone.lm.parameters()).device
+
+    @property
+    def described(self) -> dict[str, str | int]:
+        """Sizes, type and place, for a headline."""
+        facts = self.backbone.facts
+        return {
+            "layers": facts.layers,
+            "width": facts.width,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "attention": kernel_name(str(getattr(self.backbone.lm.config, "_attn_implementation", ""))),
+        }
 
     @property
     def tolerance(self) -> float:
