@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -48,8 +48,12 @@ def run(
     data: Annotated[
         str | None, typer.Option(help="A task (see `probe backbones`) or a JSONL file of your own.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="One picture of your own, with --ask.")] = None,
-    ask: Annotated[str | None, typer.Option(help="The question about --image.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture of your own, with --ask; give it again for more pictures.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="A video file, or a folder of frames, with --ask.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="How many frames of --video, evenly spread.")] = 32,
+    ask: Annotated[str | None, typer.Option(help="The question about --image or --video.")] = None,
     sets: SetOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice; default: the recipe's.")] = None,
@@ -71,14 +75,16 @@ def run(
     from probe.runner import run as run_recipe
 
     code = load_plugins(plugin or [])
-    loaded = recipe_of(recipe, sets, backbone=backbone, data=data, own_samples=image is not None or data is not None)
+    loaded = recipe_of(recipe, sets, backbone=backbone, data=data, own_samples=bool(image or video or data))
     samples = None
-    if (image is None) != (ask is None):
-        raise ProbeError("--image and --ask belong together: a picture, and the question about it")
-    if image is not None and ask is not None:
-        from probe.data import from_image
+    if bool(image or video) != (ask is not None):
+        raise ProbeError("--image (or --video) and --ask belong together: what is seen, and the question about it")
+    if image and video:
+        raise ProbeError("--image and --video cannot stand together; give one of them")
+    if ask is not None:
+        from probe.data import from_images, from_video
 
-        samples = [from_image(image, ask)]
+        samples = [from_images(image, ask) if image else from_video(cast(Path, video), ask, frames)]
     with _Display(loaded.name) as display:
         result = run_recipe(
             loaded,

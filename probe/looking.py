@@ -6,7 +6,6 @@ the number of its queries. The same (layer, queries, form) is computed once, who
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -22,8 +21,8 @@ from probe.backbones.base import Backbone
 from probe.compile import BoundProbe, Call
 from probe.conditions import Watch
 from probe.cost import DecoderDims
-from probe.decide import asked
 from probe.errors import ProbeError
+from probe.inputs import asked
 from probe.loop import Pass
 from probe.scores.raters import raters
 from probe.site import QuerySet, Reweight, Role
@@ -336,7 +335,7 @@ def _start_rows(queries: QuerySet, request: Pass, b: int, shift: int) -> list[in
         case "answer":
             return request.computed[b]
         case "predicting":
-            return _predicting(request, b, shift)
+            return request.predicting[b] if shift else request.masked[b]
         case "last_prompt":
             return [last_prompt] if prompt != "none" else []
         case "question":
@@ -345,13 +344,3 @@ def _start_rows(queries: QuerySet, request: Pass, b: int, shift: int) -> list[in
             return canvas.rows_of(Role.SYSTEM, b) if prompt == "all" else []
         case _:
             raise ProbeError(f"`{queries}` is no set of rows")
-
-
-def _predicting(request: Pass, b: int, shift: int) -> list[int]:
-    """The rows whose logits predict the masked slots: their own, or where logits are shifted the rows before them."""
-    if not shift:
-        return request.masked[b]
-    masked = set(request.masked[b])
-    last_prompt = request.canvas.prompt_length[b] - 1
-    order = ([last_prompt] if request.work.prompt != "none" else []) + request.computed[b]
-    return [before for before, row in itertools.pairwise(order) if row in masked]

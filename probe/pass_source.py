@@ -1,4 +1,4 @@
-"""What an intervention is given by name, for one sample of one pass: the engine's side of `decide.Source`."""
+"""What an intervention is given by name, for one sample of one pass: the engine's side of `inputs.Source`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SampleSource:
             return self._hidden_()
         simple = {
             "n": self.n,
-            "original": self._state.canvas.n_visual_at_start[self._b],
+            "original": self._state.canvas.originals[self._b],
             "progress": self._progress(),
             "layer_index": -1 if self._probe.layer is None else self._probe.layer,
         }
@@ -158,7 +158,7 @@ class SampleSource:
         seen = [looking.received((at, queries, form), self._b, self._uids, name) for at in layers]
         return seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
 
-    def _attended(self, params: Mapping[str, Any]) -> Tensor:
+    def _projected(self, params: Mapping[str, Any]) -> Tensor:
         """Attention of a layer that has not run yet: its norm and projections, applied to the rows that matter."""
         state, layer = self._state, self._probe.layer
         assert layer is not None and state.rope is not None

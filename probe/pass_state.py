@@ -23,7 +23,8 @@ from probe.canvas import Canvas
 from probe.compile import BoundProbe, Edit, ProbeTable
 from probe.conditions import Watch
 from probe.cost import DecoderDims
-from probe.decide import asked, decide, reads_prompt
+from probe.decide import decide
+from probe.inputs import asked, reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Looking, Recorder, attended
 from probe.loop import Pass
@@ -248,19 +249,22 @@ class PassState:
 
     def _enter_columns(self, layer: int) -> None:
         """A layer of a cached pass begins: its own columns, without what was cut earlier in this pass."""
+        self.keys, self._key_index[layer] = self._columns_at(layer)
+        if self._start() != self._rope_start:
+            self._rope_start = self._start()
+            position = torch.cat([self._positions()] * self.streams)
+            cos, _ = cast(tuple[Tensor, Tensor], self.rope)
+            self.rope = self.kit.backbone.rotary(cos, position)
+
+    def _columns_at(self, layer: int) -> tuple[Layout, list[Tensor]]:
+        """A layer's columns without what this pass cuts, and the gathers that take stored keys there."""
         keys = self.kit.store.columns(layer, self.layout)
         indices = []
         for plans, said_of in [*self._cuts, *self._layer_cuts.get(layer, ())]:
             keys, index = cut_columns(keys, plans, said_of)
             if index is not None:
                 indices.append(index)
-        self._key_index[layer] = indices
-        self.keys = keys
-        if self._start() != self._rope_start:
-            self._rope_start = self._start()
-            position = torch.cat([self._positions()] * self.streams)
-            cos, _ = cast(tuple[Tensor, Tensor], self.rope)
-            self.rope = self.kit.backbone.rotary(cos, position)
+        return keys, indices
 
     def cut_between(self, layer: int, hidden: Tensor, probes: Sequence[BoundProbe]) -> Tensor:
         """Between attention and MLP: the shortened residual stream, kept for `leave_layer`."""
@@ -403,7 +407,9 @@ class PassState:
         return self._masks[self.kit.backbone.layers[layer].kind]
 
     def _cut(self, probe: BoundProbe, layer: int, hidden: Tensor, *, first_layer: int) -> Tensor:
-        before = self.keys if self.cached else self.layout
+        before = self.layout
+        if self.cached:  # who is alive where the edit takes effect: an earlier pass may have left fewer there
+            before = self.keys if first_layer in (layer, self.kit.dims.layers) else self._columns_at(first_layer)[0]
         plans, options = self._decide(probe, layer, hidden, before)
         if plans is None:
             return hidden

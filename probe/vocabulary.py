@@ -26,6 +26,7 @@ from probe.decoding import (
     slowfast,
     wino,
 )
+from probe.signals import encoder
 
 __all__ = [
     "autoregressive",
@@ -37,6 +38,7 @@ __all__ = [
     "dpad",
     "dream",
     "dreamon",
+    "encoder",
     "eos",
     "fast_cache",
     "fast_dllm",

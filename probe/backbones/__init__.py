@@ -10,10 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from probe.backbones import diffusion_gemma_config, dimple_config, lavida_config, llada_v_config
+from probe.backbones import (
+    diffusion_gemma_config,
+    dimple_config,
+    lavida_config,
+    llada_v_config,
+    llava_next_config,
+    qwen_vl_config,
+)
 from probe.backbones.checkpoint import EMBEDDED, Checkpoint, resolve
 from probe.errors import ProbeError
 from probe.registry import Entry, Registry
@@ -117,6 +125,40 @@ def diffusion_gemma() -> type[Backbone]:
     return DiffusionGemma
 
 
+def _published_of(config: Any) -> tuple[Published, ...]:
+    """The published models of a config module, each with its name filled in."""
+    return tuple(
+        Published(name, partial(config.published_facts, name), partial(config.published_count, name))
+        for name in config.PUBLISHED
+    )
+
+
+@backbones.register(
+    accepts=llava_next_config.is_llava_next,
+    facts=llava_next_config.facts_of,
+    count=llava_next_config.visual_count,
+    published=_published_of(llava_next_config),
+)
+def llava_next() -> type[Backbone]:
+    """LLaVA-NeXT: causal Llama or Mistral, CLIP tiles with newlines, one token per step."""
+    from probe.backbones.llava_next import LlavaNext
+
+    return LlavaNext
+
+
+@backbones.register(
+    accepts=qwen_vl_config.is_qwen_vl,
+    facts=qwen_vl_config.facts_of,
+    count=qwen_vl_config.visual_count,
+    published=_published_of(qwen_vl_config),
+)
+def qwen_vl() -> type[Backbone]:
+    """Qwen2.5-VL: causal Qwen2, windowed encoder at the picture's own size, one token per step."""
+    from probe.backbones.qwen_vl import QwenVL
+
+    return QwenVL
+
+
 def load(
     name: str | Path,
     *,
@@ -131,7 +173,8 @@ def load(
     `dtype` is a torch type or its name; `auto` takes the stored one, except that float16 becomes float32 on
     a CPU. `attention` names an attention implementation (`sdpa`, `eager`, ...; None: the adapter's choice).
     Further `options` belong to the adapter (LLaDA-V and LaViDa: `vocab`, `special`, `encoder_attention`; LaViDa:
-    `rope_dtype`, `pool`, `several`; Dimple: `min_pixels`, `max_pixels`, `pixels`). Raises `ProbeError`.
+    `rope_dtype`, `pool`, `several`; Dimple: `min_pixels`, `max_pixels`, `pixels`; autoregressive models:
+    `encoder_attention`, `special`, `device_map`, and Qwen2.5-VL `min_pixels`, `max_pixels`). Raises `ProbeError`.
     """
     checkpoint = resolve(name, revision=revision)
     adapter = adapter_of(checkpoint).function()

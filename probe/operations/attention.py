@@ -35,7 +35,7 @@ def skip_layers(kept: Tensor, *, as_keys: bool = False, protect: Protect = ()) -
     return Plan(kept.sort().values, Fate.SKIPPED)
 
 
-@operations.register(default_select="all", changes="attention", sites=(Site.LAYER_INPUT,))
+@operations.register(default_select="all", changes="attention", sites=(Site.LAYER_ATTENTION,))
 def reweight_attention(
     *,
     from_: Annotated[Segments, Field(alias="from", min_length=1)],

@@ -79,7 +79,8 @@ EXACTLY: dict[str, set[str]] = {
     "signals": {"attend", "registry", "site"},
     "loop": {"canvas", "decoding", "errors", "site"},
     "canvas": {"backbones.base", "site", "surgery"},
-    "backbones.base": {"backbones.rows", "cost", "site"},
+    "signals.encoder": {"attend", "registry", "site"},
+    "backbones.base": {"backbones.rows", "cost", "errors", "site"},
     "backbones.rows": set(),
     "decoding.schedule": {"errors"},
     "decoding.renoise": set(),
@@ -126,6 +127,12 @@ def test_backbones_know_no_probe_no_loop_no_trace() -> None:
         assert taken(name, "attend") <= {"KERNELS", "kernel_name"}, name
 
 
+def test_only_its_state_changes_the_length_of_a_view() -> None:
+    """Views of the encoder are sequences of their own: `encoder_state` shortens them, `encoder_pass` says when."""
+    assert {n for n in MODULES if "shorten" in taken(n, "encoder_state")} == {"encoder_pass"}
+    assert ours("encoder_state") <= {"backbones.base", "errors", "site"}
+
+
 def test_only_the_engine_knows_both_the_loop_and_the_model() -> None:
     both = {n for n in MODULES if "loop" in ours(n) and any(m.split(".")[0] == "backbones" for m in ours(n))}
     assert both <= {"tracer", "pass_state", "pass_source", "looking", "generate", "runner"}
@@ -144,6 +151,7 @@ def test_each_library_has_its_place() -> None:
     assert users("nnsight") == {"probe_code"}
     assert users("yaml") == {"recipe_yaml"}
     assert users("typer") == COMMAND_LINE
+    assert users("av") == {"data.video"}
     assert all(n == "attend" or n.startswith(("backbones.", "zoo.")) for n in users("transformers"))
 
 
@@ -198,9 +206,9 @@ def test_only_surgery_changes_the_length_of_a_sequence() -> None:
     assert {n for n in MODULES if taken(n, "surgery") & knives} == {"canvas", "pass_state", "store"}
 
 
-def test_only_the_tracer_puts_hooks_on_modules() -> None:
+def test_only_tracer_and_encoder_put_hooks_on_modules() -> None:
     hooking = {n for n in MODULES for _, c in calls(n) if "register_forward" in getattr(c.func, "attr", "")}
-    assert hooking == {"tracer"}
+    assert hooking == {"tracer", "encoder"}
 
 
 def test_the_command_line_computes_nothing_and_imports_nothing_heavy_at_its_top() -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from probe.compile import Edit, compile_recipe
-from probe.decide import asked, decide, score_of
+from probe.decide import decide, score_of
 from probe.errors import ProbeError
 from probe.explain import explain
+from probe.inputs import asked
 from probe.recipe import parse_recipe
 from probe.site import Clock, ModelFacts, Plan
 
@@ -352,7 +353,7 @@ def test_what_does_not_fit_is_refused_with_its_place(
 
 
 def test_reweighting_is_spelled_with_from_and_to() -> None:
-    text = "schema: 1\nname: x\nprobes:\n  - at: {site: layer.input, layers: all}\n"
+    text = "schema: 1\nname: x\nprobes:\n  - at: {site: layer.attention, layers: all}\n"
     do = "    do: {reweight_attention: {from: [answer], to: [visual, newline], factor: 2.0}}\n"
     recipe = parse_recipe(text + do)
     edit = compile_recipe(recipe, FACTS).probes[0].edit
