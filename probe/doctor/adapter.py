@@ -43,7 +43,7 @@ def keys(patient: Patient) -> str:
     size = sum(path.stat().st_size for path in checkpoint.files)
     if size > SMALL:
         return f"{len(shapes)} stored tensors read; wrong names are tried on --random-weights"
-    name = sorted(n for n, shape in shapes.items() if len(shape) == 2)[0]
+    name = max((n for n, shape in shapes.items() if len(shape) == 2), key=lambda n: (n.count("."), n))
     for what, change in WRONG.items():
         with _changed(checkpoint, name, change) as wrong:
             try:
@@ -58,7 +58,7 @@ def keys(patient: Patient) -> str:
 
 def _names(message: str, name: str) -> bool:
     """Whether a message names a tensor, whatever the module before it is called today."""
-    return name in message or ".".join(name.split(".")[-3:]) in message
+    return ".".join(name.split(".")[-4:]) in message
 
 
 WRONG: dict[str, Any] = {
