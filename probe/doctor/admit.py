@@ -29,8 +29,11 @@ def admit(
     """The patient for the time of a `with` block.
 
     With `random_weights` the model's small form (`probe.backbones.tiny`) is written into a temporary folder, and read
-    by the code that reads the published one. Raises `ProbeError` where there are no weights.
+    by the code that reads the published one; `auto` is float64 then, so that what differs is not rounding. Raises
+    `ProbeError` where there are no weights.
     """
+    if random_weights and dtype == "auto":
+        dtype = "float64"
     options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention}
     with ExitStack() as stack:
         where: str | Path = name

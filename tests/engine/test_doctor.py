@@ -49,7 +49,7 @@ def patient_of(folder: Path, **options: Any) -> Patient:
 @pytest.mark.parametrize("name", tiny_names())
 def test_every_backbone_is_well(name: str, folders: Any) -> None:
     """The identities of the engine among them: with and without its cache, one sample and four."""
-    found = {f.name: f for f in doctor.examine(patient_of(folders(name)))}
+    found = {f.name: f for f in doctor.examine(patient_of(folders(name), dtype="float64"))}
     assert {f.name: f.detail for f in found.values() if f.status == "fail"} == {}
     assert {n for n, f in found.items() if f.status == "skip"} <= MAY_NOT_APPLY
     assert list(found) == list(doctor.checks())
