@@ -138,6 +138,10 @@ def _published_of(config: Any) -> tuple[Published, ...]:
     facts=llava_next_config.facts_of,
     count=llava_next_config.visual_count,
     published=_published_of(llava_next_config),
+    tiny={
+        "llava-hf/llava-v1.6-mistral-7b-hf": "probe.backbones.tiny.autoregressive:write_llava_mistral",
+        "llava-hf/llava-v1.6-vicuna-7b-hf": "probe.backbones.tiny.autoregressive:write_llava_vicuna",
+    },
 )
 def llava_next() -> type[Backbone]:
     """LLaVA-NeXT: causal Llama or Mistral, CLIP tiles with newlines, one token per step."""
@@ -151,6 +155,7 @@ def llava_next() -> type[Backbone]:
     facts=qwen_vl_config.facts_of,
     count=qwen_vl_config.visual_count,
     published=_published_of(qwen_vl_config),
+    tiny={"Qwen/Qwen2.5-VL-7B-Instruct": "probe.backbones.tiny.autoregressive:write_qwen_vl"},
 )
 def qwen_vl() -> type[Backbone]:
     """Qwen2.5-VL: causal Qwen2, windowed encoder at the picture's own size, one token per step."""
