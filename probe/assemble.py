@@ -26,6 +26,7 @@ from probe.trace_schema import Variable
 
 _FATES = {fate.name.lower(): int(fate) for fate in Fate}
 _PASSES = {phase.value: i for i, phase in enumerate(Phase)}
+_ON_CACHE = {"none": 0, "columns": 1, "refresh": 2}
 _ROLES = {role.name.lower(): int(role) for role in (Role.VISUAL, Role.NEWLINE)}
 
 ALWAYS: tuple[Variable, ...] = (
@@ -62,7 +63,12 @@ ALWAYS: tuple[Variable, ...] = (
     Variable(
         "recomputed", ("step", "position"), "1",
         "whether the pass computed the slot's row",
-        "1 if the row of slot i was a query of the pass", dtype="uint8",
+        "1 if the row of slot i was a query of the pass (of its first layer, where layers choose)", dtype="uint8",
+    ),
+    Variable(
+        "removal_on_cache", ("step",), "1",
+        "how stored features follow a removal for good: their columns are cut, or the next pass computes everything",
+        "option on_cache of the removal; columns where the cache cannot be refreshed", dtype="uint8", flags=_ON_CACHE,
     ),
     Variable(
         "slot_place", ("step", "position"), "1",
@@ -198,6 +204,8 @@ class _Kept:
     remasked: Tensor | None
     numbers: np.ndarray
     computed: np.ndarray
+    chosen: Tensor | None
+    on_cache: str | None
 
 
 StepLogits = dict[int, tuple[list[int], Tensor]]
@@ -258,6 +266,8 @@ class Gatherer:
                 step.remasked,
                 every if step.numbers is None else step.numbers,
                 np.ones_like(step.tokens, bool) if step.computed is None else step.computed,
+                step.chosen,
+                step.on_cache,
             )
         )
 
@@ -299,13 +309,15 @@ class Gatherer:
             numbers = steps[i].numbers
             token[at, numbers] = steps[i].tokens[sample]
             place[at, numbers] = np.arange(len(numbers))
-            computed[at, numbers] = steps[i].computed[sample]
+            chosen = steps[i].chosen
+            computed[at, numbers] = steps[i].computed[sample] if chosen is None else chosen[sample].cpu().numpy()
         out: dict[str, np.ndarray] = {
             "token": token,
             "slot_place": place,
             "recomputed": computed,
             "nominal_step": np.array([steps[i].clock.step for i in took_part], np.int32),
             "block": np.array([steps[i].clock.block for i in took_part], np.int32),
+            "removal_on_cache": np.array([_ON_CACHE[steps[i].on_cache or "none"] for i in took_part], np.uint8),
             "phase_of_pass": np.array([_PASSES[steps[i].clock.phase.value] for i in took_part], np.uint8),
         }
         for name, rows in self._rows.items():

@@ -24,10 +24,14 @@ from probe.compile import BoundProbe, Edit, ProbeTable
 from probe.conditions import Watch
 from probe.cost import DecoderDims
 from probe.decide import asked, decide
+from probe.decoding.policy import Delta
+from probe.delta_cache import DeltaStore
+from probe.eviction import kept_places
 from probe.ledger import Ledger
 from probe.looking import Looking, Recorder, attended
 from probe.loop import Pass
 from probe.pass_source import SampleSource
+from probe.shadow import aligned, blind, with_shadow
 from probe.site import Fate, Phase, Plan, Site
 from probe.store import KeyStore, cut_columns
 from probe.surgery import Layout, hide, narrow, put_values, replan, restore, select, take, take_columns
@@ -46,6 +50,7 @@ class Kit:
     watch: Stopwatch
     seeds: tuple[int, ...]
     store: KeyStore
+    deltas: DeltaStore
     watching: Watch
 
 
@@ -87,6 +92,17 @@ class PassState:
         self.looking = Looking(
             kit.backbone, kit.dims, kit.recorder, kit.watch, request, self.streams, probes, kit.watching
         )
+        if request.work.evict is not None:
+            self.looking.queries = self._take_queries
+        self._queries: Tensor | None = None
+        self._first_made = request.canvas.layout.length_at_start
+        self.on_cache: str | None = None
+        """How stored features are brought up to date with what was removed for good in this pass: `refresh` (the next
+        pass computes everything) or `columns` (theirs are cut, and that is all); None: nothing stored was outdated."""
+        self.rows: tuple[int, ...] = ()
+        """Rows that the first layer computes of each sample."""
+        self.chosen: Tensor | None = None
+        """`(batch, slots)` bool: answer rows that the first layer computes, where layers choose them."""
         self._ordinal = {p.name: i for i, p in enumerate(kit.table.probes)}
 
     def timed(self) -> AbstractContextManager[None]:
@@ -107,6 +123,8 @@ class PassState:
         if tail is not None:
             self.layout, index = select(self.layout, work.prompt, tail)
             embeds = take(embeds, index, self.streams)
+        if self.request.shadow:
+            self.layout, embeds = self._with_shadow(embeds)
         if work.cached:
             if work.refresh:
                 store.clear()
@@ -122,6 +140,15 @@ class PassState:
             "past_key_values": _Columns(self) if work.cached else None,
             "use_cache": False,
         }
+
+    def _with_shadow(self, embeds: Tensor) -> tuple[Layout, Tensor]:
+        """The block's slots once more behind the sequence, as masks, both streams under guidance."""
+        window = self.request.window
+        mask_embed = self.kit.backbone.embed(torch.tensor(self.kit.backbone.special.mask, device=embeds.device))
+        more = mask_embed.to(embeds.dtype).expand(embeds.shape[0], len(window[0]), -1)
+        layout = with_shadow(self.layout, window)
+        self._first_made = layout.length_at_start
+        return layout, torch.cat([embeds, more], 1)
 
     def _conditioned(self, embeds: Tensor) -> Tensor:
         """Slots that show noise, as the model wants to see them; never written back to the canvas."""
@@ -169,6 +196,8 @@ class PassState:
             bias = self.keys.size.log()[:, None, None, :].to(self.canvas.embeds.dtype)
             lowest = torch.finfo(bias.dtype).min / 2
             masks = tuple(bias if m is None else bias.masked_fill(~m, lowest) for m in masks)
+        if self.request.shadow:
+            masks = blind(masks, self.layout, self.request.window)
         return masks if self.streams == 1 else tuple(None if m is None else torch.cat([m] * 2) for m in masks)
 
     @property
@@ -209,6 +238,54 @@ class PassState:
     def leave_attention(self, layer: int) -> None:
         """A layer's attention has run."""
         self.looking.reduce(layer, self.keys)
+        if self.request.work.evict is not None:
+            self._evict(layer)
+
+    def _take_queries(self, layer: int, query: Tensor) -> None:
+        self._queries = query
+
+    def _evict(self, layer: int) -> None:
+        """The cache policy looks at what the block attended to, and some columns leave this layer's store."""
+        store, choose = self.kit.store, self.request.work.evict
+        held = store.layers[layer]
+        assert held is not None and choose is not None and self._queries is not None
+        block = [list(rows) for rows in self.request.window]
+        if self.kit.backbone.shift:
+            block = [[edge, *rows] for edge, rows in zip(self.request.edge, block, strict=True)]
+        places, judged = kept_places(held.layout, self._queries, held.key, block, choose)
+        store.keep(layer, places, self.streams)
+        self._queries = None
+        self.flops["backbone"] += self.kit.dims.at(layer).scored_rows(1, judged, "softmax")
+
+    # -- layers that compute some of their rows (`delta_cache`) ----------------------------------------------------
+
+    def note_rows(self, layer: int, rows: Tensor | None, delta: Delta | None) -> None:
+        """A layer computes `rows (streams * batch, n)` (None: none); all of them where there is no `delta`."""
+        if delta is not None:
+            self._rows_at = self._mlp_rows = 0 if rows is None else rows.shape[1]
+        if layer == 0:
+            n_prompt = [n - t for n, t in zip(self.layout.length, self.layout.tail, strict=True)]
+            t = self.layout.tail[0]
+            if delta is None:
+                self.rows = self.layout.length
+                return
+            k = t if delta.answer else int(t * delta.ratio)
+            self.rows = tuple((n if delta.prompt else 0) + k for n in n_prompt)
+            if not delta.answer:
+                start = torch.tensor(n_prompt, device=self.layout.row.device)[:, None]
+                places = start + torch.arange(t - self.canvas.suffix_length, device=start.device)
+                own = rows[: self.batch] if rows is not None else start[:, :0]
+                self.chosen = (places[:, :, None] == own[:, None]).any(-1)
+
+    def note_values(self, layer: int, rows: int) -> None:
+        """A layer projected values of that many rows to see which have turned."""
+        dims = self.kit.dims.at(layer)
+        self.flops["backbone"] += self.streams * self.batch * 2 * rows * dims.width * dims.kv_heads * dims.head_size
+
+    def note_queries(self, layer: int, rows: int) -> None:
+        """A layer projected queries of that many rows for probes alone."""
+        dims = self.kit.dims.at(layer)
+        self.flops["probe"] += self.streams * self.batch * 2 * rows * dims.width * dims.heads * dims.head_size
 
     def finish(self) -> None:
         """The pass is over: what was removed for good leaves the layers of the store that had already run."""
@@ -332,6 +409,8 @@ class PassState:
         self.layout = self.keys = self.canvas.layout
         if lasting:
             self.canvas_after = self.canvas
+            if self.request.work.partial:
+                self._outdated(options)
         if self.cached:  # the rows are columns in the store by now
             if lasting:
                 self._cut_store(0, plans, before, options)
@@ -347,6 +426,7 @@ class PassState:
         plans, options = self._decide(probe, None, hidden, seen)
         if plans is not None:
             self._edit_canvas_after(plans, options, seen)
+            self._outdated(options)
             self.kit.ledger.note(seen, plans, self.kit.dims.layers, lasting=True)
             self._late_cuts.append((self.kit.dims.layers, plans, seen))
 
@@ -357,6 +437,12 @@ class PassState:
         said = [None if p is None else self._on_canvas(p, said_of, target, b, stays) for b, p in enumerate(plans)]
         self.canvas_after = _edited(self.canvas_after, said, options)
         self._shrunk |= options.get("answer_positions") == "shrunk"
+
+    def _outdated(self, options: dict[str, Any]) -> None:
+        """Stored features saw what is removed for good now; say how they shall be brought up to date."""
+        work = self.request.work
+        if (work.cached or work.delta is not None) and self.on_cache != "refresh":
+            self.on_cache = str(options.get("on_cache", "columns"))
 
     def _on_canvas(self, plan: Plan, said_of: Layout, target: Layout, b: int, appended_stay: bool) -> Plan:
         """A plan over hidden states, said over the embeddings of the canvas: merged tokens are means of embeddings."""
@@ -414,6 +500,7 @@ class PassState:
         self._remember(before, plans)
         if lasting:
             self._edit_canvas_after(plans, options, before)
+            self._outdated(options)
         if self.cached:
             if lasting:
                 self._cut_store(first_layer, plans, before, options)
@@ -429,6 +516,8 @@ class PassState:
             self.layout = self.keys = hide(self.layout, plans)
             return hidden
         self.layout, index = narrow(self.layout, plans, positions=options["positions"])
+        if self.request.shadow and options["positions"] == "compact":
+            self.layout = aligned(self.layout, self.request.window)
         self.keys = self.layout
         hidden = put_values(take(hidden, index, self.streams), self.layout, plans)
         if options["positions"] == "compact":
@@ -488,7 +577,7 @@ class PassState:
         out = self.canvas.embeds[b].index_select(0, layout.locate_in(b, known))
         if made is not None:
             late = rows >= layout.length_at_start
-            out = torch.where(late[:, None], made[(rows - layout.length_at_start).clamp(min=0)], out)
+            out = torch.where(late[:, None], made[(rows - self._first_made).clamp(min=0)], out)
         return out
 
     def generator(self, probe: BoundProbe, b: int) -> torch.Generator:

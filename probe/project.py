@@ -25,8 +25,8 @@ def projected_attention(
         raise ProbeError("`projected` needs a layer with a norm, `q_proj` and `k_proj`; this backbone's have none")
     normed = modules.pre_attention_norm(hidden)
     size = cos.shape[-1]
-    query = _rotated(attention, "q", normed[rows], cos[rows], sin[rows], size)
-    key = _rotated(attention, "k", normed, cos, sin, size)
+    query = rotated(attention, "q", normed[rows], cos[rows], sin[rows], size)
+    key = rotated(attention, "k", normed, cos, sin, size)
     at = torch.arange(rows.shape[0], device=rows.device)[None]
     seen = attention_rows(query[None], key[None], at, None, getattr(attention, "scaling", size**-0.5), form)[0]
     heads, width = query.shape[0], hidden.shape[1]
@@ -35,8 +35,8 @@ def projected_attention(
     return seen, projections + scored
 
 
-def _rotated(attention: Any, which: str, normed: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
-    """Queries or keys `(head, row, size)` of normed rows, after rotary in the halves convention."""
+def rotated(attention: Any, which: str, normed: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
+    """Queries (`q`) or keys (`k`) `(head, row, size)` of normed rows, after rotary in the halves convention."""
     heads = getattr(attention, f"{which}_proj")(normed).reshape(normed.shape[0], -1, size).transpose(0, 1)
     norm = getattr(attention, f"{which}_norm", None)
     heads = heads if norm is None else norm(heads)

@@ -20,6 +20,7 @@ from probe.canvas import Canvas
 from probe.compile import BoundProbe, ProbeTable
 from probe.conditions import Watch
 from probe.decide import asked
+from probe.delta_cache import DeltaStore, replaced
 from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult, Step
@@ -58,6 +59,7 @@ class Tracer:
             watch=watch or Stopwatch(device),
             seeds=tuple(seeds),
             store=KeyStore(dims.layers),
+            deltas=DeltaStore(dims.layers),
             watching=Watch(
                 (c for p in table.probes for c in p.when), canvas.layout.batch, dims.layers, backbone.facts.name
             ),
@@ -81,6 +83,7 @@ class Tracer:
                 state.at_canvas(probe)
         with watch.section("backbone"):
             hidden = self._run(state, [p for p in firing if p.site.has_layers], request)
+        self.rows.append(state.rows)
         places = self._head_places(state, request)
         with watch.section("head"):
             rows = places.repeat(state.streams, 1)
@@ -92,10 +95,12 @@ class Tracer:
         state.finish()
         if request.work.cached:
             kit.ledger.keep_columns()
+            if request.work.evict is not None:
+                kit.ledger.evict([x.layout if x is not None else None for x in kit.store.layers])
         state.flops["head"] = kit.dims.head(rows.numel())
         self.flops.append(state.flops)
         own = request.canvas.layout
-        return PassResult(logits, state.canvas_after, own.length, own.locate(request.rows))
+        return PassResult(logits, state.canvas_after, own.length, own.locate(request.rows), state.on_cache, state.chosen)
 
     def observe(self, step: Step) -> None:
         """The loop has decided: what conditions wait for."""
@@ -110,7 +115,12 @@ class Tracer:
         rows = request.rows
         if self.shift:
             rows = torch.where(request.previous >= 0, request.previous, rows)
-        return state.layout.locate(rows)
+        places = state.layout.locate(rows)
+        if request.shadow:  # the shadow's rows stand at the very end
+            n = len(request.window[0])
+            behind = state.layout.width - n + torch.arange(n, device=places.device)
+            places = torch.cat([places, behind.expand(places.shape[0], n)], 1)
+        return places
 
     def wants_every_row(self, clock: Clock) -> str | None:
         """Which probe of this step looks at rows that a cached pass does not compute, and why."""
@@ -121,15 +131,18 @@ class Tracer:
 
     def _run(self, state: PassState, probes: list[BoundProbe], request: Pass) -> Tensor:
         inputs = state.model_inputs()
-        self.rows.append(state.layout.length)
+        state.rows = state.layout.length
+        delta = request.work.delta
         code = [c for c in self.code_probes if c.fires(request.clock)]
         with ExitStack() as stack:
-            if probes or state.uneven or self.kit.watching.layers:
+            if probes or state.uneven or self.kit.watching.layers or request.work.evict or delta is not None:
                 stack.callback(state.looking.release)
                 for handle in attach(self.kit.backbone, state, probes):
                     stack.callback(handle.remove)
             else:
                 state.count_all_layers()
+            if delta is not None:
+                stack.enter_context(replaced(state, delta))
             if code:
                 hidden, saved = run_traced(self.kit.backbone, inputs, code, request.clock)
                 for probe in (c for c in code if c.name in saved):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from probe.operations.options import Lasts, Protect
+from probe.operations.options import Lasts, OnCache, Protect
 from probe.registry import operations
 from probe.site import Fate, Plan, Reweight
 
@@ -18,7 +18,9 @@ Segments = tuple[Segment, ...]
 
 
 @operations.register
-def mask(kept: Tensor, *, lasts: Lasts = "forward", protect: Protect = ()) -> Plan:
+def mask(
+    kept: Tensor, *, lasts: Lasts = "forward", on_cache: OnCache = "refresh", protect: Protect = ()
+) -> Plan:
     """Hide the keys of the other tokens, remove nothing: the logits of `drop` with positions kept, no saving."""
     return Plan(kept.sort().values, Fate.MASKED)
 
