@@ -42,6 +42,16 @@ class _Held:
     mlp: Tensor
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The same of the rows that a pass computed."""
+
+    key: Tensor
+    value: Tensor
+    attention: Tensor
+    mlp: Tensor
+
+
 class DeltaStore:
     """What every layer of one batch has stored."""
 
@@ -49,21 +59,25 @@ class DeltaStore:
         self.layers: list[_Held | None] = [None] * layers
         self._found: dict[tuple[int, int], tuple[Layout, Layout, Tensor | None]] = {}
 
-    def at(self, layer: int, layout: Layout, streams: int) -> _Held | None:
-        """What a layer stored of the rows of `layout`, in their order; None if it lacks some of them."""
+    def at(self, layer: int, layout: Layout, streams: int) -> tuple[_Held, Tensor | None] | None:
+        """What a layer stored of the rows of `layout`, in their order, and where that stands; None if it lacks some.
+
+        A place of None stands for the whole.
+        """
         held = self.layers[layer]
         if held is None or held.layout is layout:
-            return held
+            return None if held is None else (held, None)
         index = self._where(held.layout, layout)
         if index is None:
             return None
-        return _Held(
+        some = _Held(
             layout,
             take_columns(held.key, index, streams),
             take_columns(held.value, index, streams),
             take(held.attention, index, streams),
             take(held.mlp, index, streams),
         )
+        return some, index
 
     def _where(self, held: Layout, layout: Layout) -> Tensor | None:
         """Where the rows of `layout` stand in `held`; waits for the device, once for all layers that are alike."""
@@ -120,15 +134,33 @@ def _forward(
 ) -> Tensor:
     layout, streams = state.layout, state.streams
     store = state.kit.deltas
-    held = None if delta.whole else store.at(i, layout, streams)
-    if held is None:
+    found = None if delta.whole else store.at(i, layout, streams)
+    if found is None:
         return _whole(state, i, modules, hidden_states, kwargs)
+    held, index = found
     rows = _chosen_rows(state, delta, i, modules, held, hidden_states)
     state.note_rows(i, rows, delta)
     layer = _Layer(state, i, modules, held, hidden_states, kwargs)
-    held = layer.without_rows() if rows is None else layer.with_rows(rows)
-    store.layers[i] = held
-    return hidden_states + held.attention + held.mlp
+    if rows is None:
+        layer.without_rows()
+        return hidden_states + held.attention + held.mlp
+    fresh = layer.with_rows(rows)
+    whole = store.layers[i]
+    assert whole is not None
+    now = _put(held, fresh, rows)
+    # rows that are away for this pass only keep what was stored of them
+    places = rows if index is None else index.repeat(streams, 1).gather(1, rows)
+    store.layers[i] = now if index is None else _put(whole, fresh, places)
+    return hidden_states + now.attention + now.mlp
+
+
+def _put(held: _Held, fresh: _Rows, places: Tensor) -> _Held:
+    """What is held, with fresh rows at these places `(streams * batch, rows)`."""
+    key, value = held.key.clone(), held.value.clone()
+    put_columns(key, places, fresh.key)
+    put_columns(value, places, fresh.value)
+    attention, mlp = restore(held.attention, fresh.attention, places), restore(held.mlp, fresh.mlp, places)
+    return replace(held, key=key, value=value, attention=attention, mlp=mlp)
 
 
 def _whole(state: PassState, i: int, modules: LayerModules, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -185,18 +217,19 @@ class _Layer:
         self.state, self.i, self.modules, self.held, self.hidden, self.kwargs = state, i, modules, held, hidden, kwargs
         self.mask: Tensor | None = kwargs.get("attention_mask")
 
-    def without_rows(self) -> _Held:
+    def without_rows(self) -> None:
         """Nothing is computed; probes that look from some rows still do."""
         self._answer(self.held.key)
         self.state.leave_attention(self.i)
-        return self.held
 
-    def with_rows(self, rows: Tensor) -> _Held:
+    def with_rows(self, rows: Tensor) -> _Rows:
         """These rows through attention, against all columns, and through the MLP."""
         held, modules = self.held, self.modules
-        key, value = held.key.clone(), held.value.clone()
+        seen: list[Tensor] = []
 
         def put(fresh_key: Tensor, fresh_value: Tensor) -> tuple[Tensor, Tensor]:
+            seen.extend((fresh_key, fresh_value))
+            key, value = held.key.clone(), held.value.clone()
             put_columns(key, rows, fresh_key)
             put_columns(value, rows, fresh_value)
             self._answer(key)
@@ -214,14 +247,7 @@ class _Layer:
             "past_key_values": _Fresh(put),
         }
         added = modules.attention(hidden_states=modules.pre_attention_norm(short), **given)[0]
-        mlp = modules.mlp(modules.pre_mlp_norm(short + added))
-        return replace(
-            held,
-            key=key,
-            value=value,
-            attention=restore(held.attention, added, rows),
-            mlp=restore(held.mlp, mlp, rows),
-        )
+        return _Rows(seen[0], seen[1], added, modules.mlp(modules.pre_mlp_norm(short + added)))
 
     def _answer(self, key: Tensor) -> None:
         """What probes asked of the layer's attention, from rows that it may not compute: their queries beside it."""

@@ -199,11 +199,11 @@ class Looking:
                 gathering = self._under_way.pop(key, None)
                 if gathering is None or gathering.total is None:
                     continue
-                received = gathering.total
+                received, hidden = gathering.total, keys.hidden_key
                 given = {
                     "received": received,
                     "key_role": keys.role,
-                    "key_visual": keys.visual,
+                    "key_visual": keys.visual if hidden is None else keys.visual.masked_fill(hidden, -1),
                     "n_visual": n_visual,
                 }
                 clock = self._request.clock

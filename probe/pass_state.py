@@ -26,6 +26,7 @@ from probe.cost import DecoderDims
 from probe.decide import asked, decide
 from probe.decoding.policy import Delta
 from probe.delta_cache import DeltaStore
+from probe.errors import ProbeError
 from probe.eviction import kept_places
 from probe.ledger import Ledger
 from probe.looking import Looking, Recorder, attended
@@ -34,7 +35,7 @@ from probe.pass_source import SampleSource
 from probe.shadow import aligned, blind, with_shadow
 from probe.site import Fate, Phase, Plan, Site
 from probe.store import KeyStore, cut_columns
-from probe.surgery import Layout, hide, narrow, put_values, replan, restore, select, take, take_columns
+from probe.surgery import Layout, Positions, hide, narrow, put_values, replan, restore, select, take, take_columns
 from probe.timing import Stopwatch
 
 
@@ -307,6 +308,8 @@ class PassState:
             self.rope = kwargs["position_embeddings"]
         if self.cached:
             self._enter_columns(layer)
+        else:
+            hidden = self._to_stored(layer, hidden)
         self.entered = hidden, self.layout
         for probe in probes:
             hidden = self._act(probe, layer, hidden, first_layer=layer)
@@ -325,19 +328,49 @@ class PassState:
 
     def _enter_columns(self, layer: int) -> None:
         """A layer of a cached pass begins: its own columns, without what was cut earlier in this pass."""
+        self.keys, self._key_index[layer] = self._columns_of(layer)
+        if self._start() != self._rope_start:
+            self._rope_start = self._start()
+            position = torch.cat([self._positions()] * self.streams)
+            cos, _ = cast(tuple[Tensor, Tensor], self.rope)
+            self.rope = self.kit.backbone.rotary(cos, position)
+
+    def _columns_of(self, layer: int) -> tuple[Layout, list[Tensor]]:
+        """What a layer's queries attend to in a cached pass, and what takes its store there."""
         keys = self.kit.store.columns(layer, self.layout)
         indices = []
         for plans, said_of in [*self._cuts, *self._layer_cuts.get(layer, ())]:
             keys, index = cut_columns(keys, plans, said_of)
             if index is not None:
                 indices.append(index)
-        self._key_index[layer] = indices
-        self.keys = keys
-        if self._start() != self._rope_start:
-            self._rope_start = self._start()
-            position = torch.cat([self._positions()] * self.streams)
-            cos, _ = cast(tuple[Tensor, Tensor], self.rope)
-            self.rope = self.kit.backbone.rotary(cos, position)
+        return keys, indices
+
+    def _chosen_from(self, layer: int, first_layer: int) -> Layout:
+        """The tokens that an edit after `layer` decides about: in a cached pass those that the next layer has stored."""
+        if self.cached and layer < first_layer < self.kit.dims.layers:
+            following = self._columns_of(first_layer)[0]
+            if not following.evicted and following.n_visual != self.keys.n_visual:
+                return following
+        return self.keys if self.cached else self.layout
+
+    def _stored_plans(self, layer: int) -> list[Plan | None] | None:
+        """Where a layer adds what it stored: the tokens that are alive but not stored there leave before it."""
+        delta, held = self.request.work.delta, None
+        if delta is not None and not delta.whole and layer < self.kit.dims.layers:
+            held = self.kit.deltas.layers[layer]
+        if held is None or held.layout is self.layout or held.layout.n_visual == self.layout.n_visual:
+            return None
+        plans: list[Plan | None] = []
+        for b, rows in enumerate(self.layout.visual_rows):
+            there = torch.isin(self.layout.row[b, rows], held.layout.row[b])
+            kept = there.nonzero()[:, 0]
+            plans.append(None if kept.shape[0] == rows.shape[0] else Plan(kept))
+        return None if all(p is None for p in plans) else plans
+
+    def _to_stored(self, layer: int, hidden: Tensor) -> Tensor:
+        """The sequence as a layer has stored it (`delta_cache`)."""
+        plans = self._stored_plans(layer)
+        return hidden if plans is None else self._narrowed(hidden, plans, "keep")
 
     def cut_between(self, layer: int, hidden: Tensor, probes: Sequence[BoundProbe]) -> Tensor:
         """Between attention and MLP: the shortened residual stream, kept for `leave_layer`."""
@@ -399,13 +432,23 @@ class PassState:
         if probe.edit is None:
             self._record(probe, None, self.canvas.embeds)
             return
-        plans, options = self._decide(probe, None, self.canvas.embeds, self.canvas.layout)
+        if (stored := self._stored_plans(0)) is not None:
+            self.canvas = self.canvas.narrowed(stored, positions="keep")
+            self.layout = self.keys = self.canvas.layout
+        held = self.kit.store.layers[0] if self.cached else None
+        before = self.canvas.layout if held is None else held.layout
+        if before.n_visual == self.canvas.layout.n_visual and not before.evicted:
+            before = self.canvas.layout
+        plans, options = self._decide(probe, None, self.canvas.embeds, before)
         if plans is None:
             return
         lasting = options["lasts"] == "generation"
-        before = self.canvas.layout
         self.kit.ledger.note(before, plans, 0, lasting=lasting)
-        self.canvas = _edited(self.canvas, plans, options)
+        said: Sequence[Plan | None] = plans
+        if before is not self.canvas.layout:  # what is not stored now could not be chosen
+            now = self.canvas.layout
+            said = [None if p is None else self._on_canvas(p, before, now, b, True) for b, p in enumerate(plans)]
+        self.canvas = _edited(self.canvas, said, options)
         self.layout = self.keys = self.canvas.layout
         if lasting:
             self.canvas_after = self.canvas
@@ -474,6 +517,11 @@ class PassState:
         most = max((p.appended for p in plans if p is not None), default=0)
         if not most:
             return
+        if self.request.work.delta is not None:
+            raise ProbeError(
+                "new tokens that an intervention appends inside a layer have no row in later passes, which `dllm_cache` "
+                "needs; use another cache, or recycle none"
+            )
         for b, plan in enumerate(plans):
             new = self.canvas.embeds.new_zeros(most, self.canvas.embeds.shape[-1])
             if plan is not None and plan.appended:
@@ -489,7 +537,9 @@ class PassState:
         return self._masks[self.kit.backbone.layers[layer].kind]
 
     def _cut(self, probe: BoundProbe, layer: int, hidden: Tensor, *, first_layer: int) -> Tensor:
-        before = self.keys if self.cached else self.layout
+        if first_layer > layer:
+            hidden = self._to_stored(first_layer, hidden)
+        before = self._chosen_from(layer, first_layer)
         plans, options = self._decide(probe, layer, hidden, before)
         if plans is None:
             return hidden
@@ -515,12 +565,17 @@ class PassState:
         if _fate(plans) is Fate.MASKED:
             self.layout = self.keys = hide(self.layout, plans)
             return hidden
-        self.layout, index = narrow(self.layout, plans, positions=options["positions"])
-        if self.request.shadow and options["positions"] == "compact":
+        return self._narrowed(hidden, plans, options["positions"])
+
+    def _narrowed(self, hidden: Tensor, plans: Sequence[Plan | None], positions: Positions) -> Tensor:
+        """The sequence after the plans: hidden states, layout and rotary tables."""
+        self._changed = True
+        self.layout, index = narrow(self.layout, plans, positions=positions)
+        if self.request.shadow and positions == "compact":
             self.layout = aligned(self.layout, self.request.window)
         self.keys = self.layout
         hidden = put_values(take(hidden, index, self.streams), self.layout, plans)
-        if options["positions"] == "compact":
+        if positions == "compact":
             self.rope = self.kit.backbone.rotary(hidden, torch.cat([self._positions()] * self.streams))
         else:
             cos, sin = cast(tuple[Tensor, Tensor], self.rope)
@@ -546,7 +601,7 @@ class PassState:
         options = edit.do.params(self.clock)
         if self.clock.phase is Phase.PREFILL and self._unseen(edit, layer):
             return None, options  # its query rows come with the first denoising pass
-        rows = alive if layer is None and probe.site is Site.BEFORE_LM else self.layout
+        rows = self.canvas.layout if layer is None and probe.site is Site.BEFORE_LM else self.layout
         plans: list[Plan | None] = []
         for b in range(self.batch):
             if not (probe.fires_for(self.clock, b) and self.kit.watching.allows(probe.when, b)):

@@ -77,7 +77,8 @@ class Tracer:
         watch.step = request.clock.pass_index
         firing = kit.table.at(request.clock)
         state = PassState(kit, request, firing)
-        kit.ledger.begin(cached=state.cached)
+        delta = request.work.delta
+        kit.ledger.begin(cached=state.cached or (delta is not None and not delta.whole))
         with watch.section("probe"):
             for probe in (p for p in firing if p.site is Site.BEFORE_LM):
                 state.at_canvas(probe)
@@ -93,7 +94,7 @@ class Tracer:
             for probe in (p for p in firing if p.site is Site.FINAL):
                 state.at_final(probe, hidden)
         state.finish()
-        if request.work.cached:
+        if request.work.cached or delta is not None:
             kit.ledger.keep_columns()
             if request.work.evict is not None:
                 kit.ledger.evict([x.layout if x is not None else None for x in kit.store.layers])

@@ -75,7 +75,7 @@ def test_flops_are_torchs(name: str, edit: str, tiny_eager: LladaV, prompts_for:
     from torch.utils.flop_counter import FlopCounterMode
 
     prompts = prompts_for(tiny_eager, 1)
-    text = (NOTHING if edit == "none" else EDITS[edit]) + RECORD
+    text = NOTHING if edit == "none" else EDITS[edit]
     with FlopCounterMode(display=False) as counter:
         out = run_probes(tiny_eager, prompts, text, caching=CACHES[name], **RULE)[0]
     assert out.arrays["flops"].sum() == counter.get_total_flops()
@@ -107,10 +107,10 @@ def test_a_removal_for_good_makes_the_next_pass_a_refresh(
     name: str, tiny: LladaV, prompts_for: Any, run_probes: Any
 ) -> None:
     caching = CACHES.get(name, Crop())
-    text = EDITS["random"].replace("lasts: forward", "lasts: generation, on_cache: {}").replace("from: 25%", "at: [4]")
+    text = EDITS["random"].replace("lasts: forward", "lasts: generation, on_cache: WHICH").replace("from: 25%", "at: [4]")
     prompts = prompts_for(tiny, 1)
-    renewed = run_probes(tiny, prompts, text.format("refresh"), caching=caching, **RULE)[0].arrays
-    cut = run_probes(tiny, prompts, text.format("columns"), caching=caching, **RULE)[0].arrays
+    renewed = run_probes(tiny, prompts, text.replace("WHICH", "refresh"), caching=caching, **RULE)[0].arrays
+    cut = run_probes(tiny, prompts, text.replace("WHICH", "columns"), caching=caching, **RULE)[0].arrays
     phases = {p.value: i for i, p in enumerate(Phase)}
     assert renewed["removal_on_cache"].tolist() == [0, 0, 0, 0, 2, 0, 0, 0]
     assert cut["removal_on_cache"].tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
