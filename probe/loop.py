@@ -25,6 +25,7 @@ from torch import Tensor
 from probe.canvas import Canvas
 from probe.decoding import stop, unmask
 from probe.decoding.draw import Draw
+from probe.decoding.fit import check_fit
 from probe.decoding.policy import Ask, Change, Decision, State, Work
 from probe.decoding.rule import Rule
 from probe.errors import ProbeError
@@ -164,6 +165,7 @@ def denoise(
     device = canvas.embeds.device
     mask_embed = embed(torch.tensor(rule.mask_id, device=device))
     rule.caching.check(rule, forward.shift)
+    check_fit(rule.unmasking, rule.caching, shift=forward.shift)
     state = _begin(canvas, rule, mask_embed, noise, forward.shift)
     tokens = torch.from_numpy(state.tokens).to(device)
     if rule.prior:

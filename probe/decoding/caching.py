@@ -84,6 +84,7 @@ class KeyValue(Caching):
     """The cache of autoregressive models: every row is computed once, when its token is known. Exact if causal."""
 
     stores = True
+    needs_causal = "computes every row once, before what follows it is known"
 
     def plan(self, state: State, ask: Ask) -> Work:
         """The prompt first, then the slots that were written since."""

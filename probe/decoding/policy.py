@@ -252,6 +252,8 @@ class Caching:
     """Whether the logits are those of computing every row under the same attention mask."""
     stores = False
     """Whether rows of earlier passes are used again."""
+    needs_causal: str | None = None
+    """Why it fits only models in which no row sees what follows it, where it does."""
     renews = True
     """Whether `refreshed` gives a plan that computes every row."""
 
