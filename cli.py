@@ -1,6 +1,7 @@
 """The command line: parses, calls `probe.*`, prints.
 
-Nothing is computed here, and nothing heavy is imported for --help.
+Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones and traces stand in
+`probe/cli_backbones.py` and `probe/cli_traces.py`.
 """
 
 from __future__ import annotations
@@ -8,17 +9,27 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich.console import Console
 
+from probe import cli_backbones, cli_traces
+from probe.cli_common import (
+    BackboneOption,
+    PluginOption,
+    RecipeArgument,
+    SetOption,
+    err,
+    out,
+    recipe_of,
+    shard_of,
+    size_of,
+)
 from probe.errors import ProbeError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from probe.recipe import Recipe
     from probe.runner import Progress, RunResult
 
 app = typer.Typer(
@@ -28,25 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
-
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped recipe's name, or a trace to repeat.")
-]
-BackboneOption = Annotated[
-    str | None,
-    typer.Option("--backbone", "-b", help="Name, folder or Hub id; default: the recipe's, else `miniature`."),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="NAME=VALUE", help="Turn a dial (keep=0.25) or a setting (generate.steps=8)."),
-]
-
-PluginOption = Annotated[
-    list[Path] | None,
-    typer.Option("--plugin", help="A Python file with scores, selections or code probes of your own."),
-]
 
 
 @app.command()
@@ -56,8 +48,12 @@ def run(
     data: Annotated[
         str | None, typer.Option(help="A task (see `probe backbones`) or a JSONL file of your own.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="One picture of your own, with --ask.")] = None,
-    ask: Annotated[str | None, typer.Option(help="The question about --image.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture of your own, with --ask; give it again for more pictures.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="A video file, or a folder of frames, with --ask.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="How many frames of --video, evenly spread.")] = 32,
+    ask: Annotated[str | None, typer.Option(help="The question about --image or --video.")] = None,
     sets: SetOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice; default: the recipe's.")] = None,
@@ -79,14 +75,16 @@ def run(
     from probe.runner import run as run_recipe
 
     code = load_plugins(plugin or [])
-    loaded = _load(recipe, sets, backbone=backbone, data=data, own_samples=image is not None or data is not None)
+    loaded = recipe_of(recipe, sets, backbone=backbone, data=data, own_samples=bool(image or video or data))
     samples = None
-    if (image is None) != (ask is None):
-        raise ProbeError("--image and --ask belong together: a picture, and the question about it")
-    if image is not None and ask is not None:
-        from probe.data import from_image
+    if bool(image or video) != (ask is not None):
+        raise ProbeError("--image (or --video) and --ask belong together: what is seen, and the question about it")
+    if image and video:
+        raise ProbeError("--image and --video cannot stand together; give one of them")
+    if ask is not None:
+        from probe.data import from_images, from_video
 
-        samples = [from_image(image, ask)]
+        samples = [from_images(image, ask) if image else from_video(cast(Path, video), ask, frames)]
     with _Display(loaded.name) as display:
         result = run_recipe(
             loaded,
@@ -97,7 +95,7 @@ def run(
             device=device,
             dtype=dtype,
             resume=resume,
-            shard=_shard(shard),
+            shard=shard_of(shard),
             baseline=baseline,
             timed=timed,
             code_probes=code,
@@ -124,8 +122,8 @@ def check(
     from probe.plugins import load_plugins
 
     load_plugins(plugin or [])
-    loaded = _load(recipe, sets, backbone=backbone)
-    n_visual = visual_count(loaded.backbone, [_size(picture)]) if picture is not None else None
+    loaded = recipe_of(recipe, sets, backbone=backbone)
+    n_visual = visual_count(loaded.backbone, [size_of(picture)]) if picture is not None else None
     out.print(explain(loaded, facts_of(loaded.backbone), n_visual), highlight=False, markup=False)
 
 
@@ -142,208 +140,8 @@ def recipes() -> None:
     out.print(table)
 
 
-@app.command()
-def backbones() -> None:
-    """List the backbones by name, and the tasks that come with the project."""
-    from rich.table import Table
-
-    from probe.backbones import known_backbones
-    from probe.data import tasks
-
-    table = Table("backbone", "layers", "width", "vocabulary", "what it is", box=None, pad_edge=False)
-    for info in known_backbones():
-        table.add_row(info.name, str(info.layers), str(info.width), str(info.vocabulary), info.about)
-    out.print(table)
-    out.print("\nAny folder or Hub id with a checkpoint in one of these layouts works as well.")
-    out.print("Tasks: " + ", ".join(tasks()))
-
-
-@app.command()
-def sites(backbone: Annotated[str, typer.Argument(help="Name, folder or Hub id.")] = "miniature") -> None:
-    """Show where probes can attach, and the module behind each place."""
-    from probe.views.sites import render_sites
-
-    out.print(render_sites(backbone))
-
-
-@app.command()
-def show(
-    trace: Annotated[Path, typer.Argument(help="A trace file, complete or partial.")],
-    variable: Annotated[str | None, typer.Argument(help="One of its variables.")] = None,
-    sample: Annotated[str | None, typer.Option(help="3, or 3..5")] = None,
-    step: Annotated[str | None, typer.Option(help="4, or 4..8")] = None,
-    layer: Annotated[str | None, typer.Option(help="2, or 0..3")] = None,
-    head: Annotated[str | None, typer.Option(help="0, or 0..3")] = None,
-    mean: Annotated[list[str] | None, typer.Option(help="Average over this axis.")] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print the selection as CSV.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the selection as JSON.")] = False,
-) -> None:
-    """Show what a trace holds, or one variable of it."""
-    from probe.trace import open_trace
-    from probe.views import terminal
-
-    with open_trace(trace) as opened:
-        if variable is None:
-            out.print(terminal.render_summary(opened))
-            return
-        picked: dict[str, Any] = {"sample": sample, "step": step, "layer": layer, "head": head}
-        if as_csv or as_json:
-            write = terminal.to_csv if as_csv else terminal.to_json
-            sys.stdout.write(write(opened, variable, **picked, mean=tuple(mean or ())))
-            return
-        out.print(terminal.render_variable(opened, variable, **picked, mean=tuple(mean or ())))
-
-
-@app.command()
-def plot(
-    traces: Annotated[list[Path] | None, typer.Argument(help="One trace, or several for `tradeoff`.")] = None,
-    figure: Annotated[str | None, typer.Option("--figure", "-f", help="See --list; default: the trace's own.")] = None,
-    output: Annotated[Path | None, typer.Option("--out", "-o", help="FILE.png, .pdf or .svg.")] = None,
-    sample: Annotated[int | None, typer.Option(help="Number of a sample, for figures of one sample.")] = None,
-    layer: Annotated[int | None, typer.Option(help="A layer, instead of the mean over layers.")] = None,
-    step: Annotated[int | None, typer.Option(help="A step, instead of all of them.")] = None,
-    list_them: Annotated[bool, typer.Option("--list", help="List the figures.")] = False,
-) -> None:
-    """Draw a figure of a trace."""
-    from probe.views.figures import list_figures
-    from probe.views.figures import plot as draw
-
-    if list_them:
-        from rich.table import Table
-
-        table = Table("figure", "what it shows", box=None, pad_edge=False)
-        for name, about in list_figures():
-            table.add_row(name, about)
-        out.print(table)
-        return
-    if not traces:
-        raise ProbeError("name a trace to draw: `probe plot FILE --figure NAME`; `probe plot --list` names the figures")
-    path = output or traces[-1].with_suffix("").with_suffix(f".{figure or 'figure'}.png")
-    out.print(f"figure: {draw(traces, figure, path, sample=sample, layer=layer, step=step)}")
-
-
-@app.command()
-def compare(
-    traces: Annotated[list[Path], typer.Argument(help="The unpruned trace, then those to compare with it.")],
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print the differences of every sample as CSV.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
-    """Compare traces of the same samples, paired: score, agreement, divergence and restoration, cost."""
-    from probe.compare import compare as compare_traces
-    from probe.views import comparison
-
-    result = compare_traces(traces)
-    if as_csv or as_json:
-        sys.stdout.write(comparison.to_csv(result) if as_csv else comparison.to_json(result))
-        return
-    out.print(comparison.render_comparison(result))
-
-
-@app.command()
-def replay(
-    trace: Annotated[Path, typer.Argument(help="A trace file, complete or partial.")],
-    sample: Annotated[int, typer.Option(help="Number of the sample.")] = 0,
-    gif: Annotated[Path | None, typer.Option(help="Write an animated picture instead.")] = None,
-) -> None:
-    """Step through one sample's denoising: keys right and left, space plays, q ends."""
-    from probe.trace import open_trace
-    from probe.views.replay import play
-    from probe.views.replay_frames import row_of
-    from probe.views.replay_gif import save_gif
-
-    with open_trace(trace) as opened:
-        row = row_of(opened, sample)
-        if gif is not None:
-            out.print(f"animation: {save_gif(opened, row, gif)}")
-        else:
-            play(opened, row, out)
-
-
-@app.command()
-def report(
-    traces: Annotated[list[Path], typer.Argument(help="Traces of the same samples, shown side by side.")],
-    output: Annotated[Path, typer.Option("--out", "-o", help="FILE.html")] = Path("report.html"),
-    samples: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
-) -> None:
-    """Write one self-contained page to look around in: pictures, tokens, attention, answers, tables."""
-    from probe.views.report import write_report
-
-    out.print(f"page: {write_report(traces, output, samples=samples)}")
-
-
-@app.command()
-def merge(
-    traces: Annotated[list[Path], typer.Argument(help="Traces of the shards of one run, in any order.")],
-    output: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
-) -> None:
-    """Join the traces of a run's shards, in the order of their samples."""
-    from probe.trace import merge as join
-
-    out.print(f"trace: {join(traces, output)}")
-
-
-@app.command()
-def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None:
-    """Check a trace's checksums."""
-    from probe.trace import verify as problems_of
-
-    problems = problems_of(trace)
-    for problem in problems:
-        err.print(problem, highlight=False, markup=False)
-    if problems:
-        raise typer.Exit(1)
-    out.print(f"{trace}: intact")
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ProbeError(f"--picture {text}: write WIDTHxHEIGHT in pixels, for example 640x480")
-    return int(width), int(height)
-
-
-def _shard(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ProbeError(f"--shard {text}: write I/N with I from 0 to N-1, for example 0/4")
-    return int(index), int(count)
-
-
-def _load(
-    recipe: str,
-    sets: list[str] | None,
-    *,
-    backbone: str | None = None,
-    data: str | None = None,
-    own_samples: bool = False,
-) -> Recipe:
-    from probe.recipe import load_recipe, parse_recipe
-
-    overrides = list(sets or ())
-    if recipe.endswith((".h5", ".h5.partial")):
-        from probe.trace import open_trace
-
-        with open_trace(Path(recipe)) as trace:
-            if trace.header.extra.get("own_samples") and not own_samples:
-                raise ProbeError(f"{recipe} is of a picture and a question of your own; give --image and --ask again")
-            loaded = parse_recipe(trace.header.recipe_yaml, source=recipe, sets=overrides)
-    else:
-        loaded = load_recipe(recipe, overrides)
-    if backbone is not None:
-        loaded = loaded.model_copy(update={"backbone": backbone})
-    if data is not None:
-        source = (
-            {"task": None, "file": data}
-            if data.endswith((".jsonl", ".json")) or Path(data).exists()
-            else {
-                "task": data,
-                "file": None,
-            }
-        )
-        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=source)})
-    return loaded
+app.add_typer(cli_backbones.app)
+app.add_typer(cli_traces.app)
 
 
 class _Display:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probe.backbones import load as load
     from probe.data import from_image as from_image
+    from probe.data import from_images as from_images
     from probe.data import from_jsonl as from_jsonl
+    from probe.data import from_video as from_video
     from probe.errors import ProbeError as ProbeError
     from probe.probe_code import code_probe as code_probe
     from probe.recipe import load_recipe as load_recipe
@@ -23,7 +25,9 @@ _PUBLIC = {
     "ProbeError": "probe.errors:ProbeError",
     "code_probe": "probe.probe_code:code_probe",
     "from_image": "probe.data:from_image",
+    "from_images": "probe.data:from_images",
     "from_jsonl": "probe.data:from_jsonl",
+    "from_video": "probe.data:from_video",
     "load": "probe.backbones:load",
     "load_recipe": "probe.recipe:load_recipe",
     "open": "probe.trace:open_trace",

@@ -87,7 +87,7 @@ ALWAYS: tuple[Variable, ...] = (
     ),
     Variable(
         "visual_box", ("visual", "corner"), "1",
-        "what the token sees: x0, y0, x1, y1 as shares of its picture",
+        "what the token sees: x0, y0, x1, y1 as shares of the stored picture",
         "(x0 / width, y0 / height, x1 / width, y1 / height)",
     ),
     Variable(
@@ -144,6 +144,26 @@ ALWAYS: tuple[Variable, ...] = (
 """The variables of every trace: what the loop knows anyway."""
 
 
+ENCODER: tuple[Variable, ...] = (
+    Variable(
+        "encoder_tokens", ("encoder_layer", "view"), "1",
+        "tokens of each view in the encoder layer's attention",
+        "patches of the view that are neither merged away nor dropped, and tokens added to it", dtype="int32",
+    ),
+    Variable(
+        "patch_box", ("patch", "corner"), "1",
+        "what the patch sees: x0, y0, x1, y1 as shares of its picture",
+        "(x0 / width, y0 / height, x1 / width, y1 / height)",
+    ),
+    Variable(
+        "patch_view", ("patch",), "1",
+        "view of the picture: 0 its base view, then its tiles",
+        "number of the view that the patch belongs to", dtype="int16",
+    ),
+)  # fmt: skip
+"""The variables of every trace whose recipe has probes in the image encoder."""
+
+
 def constant(call: Call) -> dict[str, Any]:
     """A signal's parameters, which do not depend on the step."""
     return call.params(Clock(pass_index=0, step=0, block=0, step_in_block=0, nominal_steps=1, n_blocks=1))
@@ -154,19 +174,23 @@ def recorded_variables(table: ProbeTable) -> list[Variable]:
     out: dict[str, Variable] = {}
     for probe in table.probes:
         for record in probe.records:
-            call, by_layer = record.signal, probe.site.has_layers
-            out.setdefault(record.name, _variable(record.name, call.entry, constant(call), by_layer, probe.name))
-    out.setdefault("confidence", _variable("confidence", signals["confidence"], {}, False, ""))
-    return list(out.values())
+            call, site = record.signal, probe.site
+            if site.in_encoder:
+                axes: tuple[str, ...] = ("encoder_layer",) if site.has_layers else ()
+            else:
+                axes = ("step", "layer") if site.has_layers else ("step",)
+            out.setdefault(record.name, _variable(record.name, call.entry, constant(call), axes, probe.name))
+    out.setdefault("confidence", _variable("confidence", signals["confidence"], {}, ("step",), ""))
+    return [*out.values(), *(ENCODER if table.encoder else ())]
 
 
-def _variable(name: str, entry: Entry, params: Mapping[str, Any], by_layer: bool, probe: str) -> Variable:
+def _variable(name: str, entry: Entry, params: Mapping[str, Any], axes: tuple[str, ...], probe: str) -> Variable:
     dims = entry.meta["dims"]
     dims = dims(params) if callable(dims) else dims
     said = ", ".join(f"{k}={v}" for k, v in params.items())
     return Variable(
         name,
-        ("step", "layer", *dims) if by_layer else ("step", *dims),
+        (*axes, *dims),
         entry.meta["units"],
         entry.meta["long_name"] + (f" ({said})" if said else ""),
         entry.meta.get("formula", ""),

@@ -21,8 +21,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-Form = Literal["softmax", "head_mean_logits"]
-"""`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax."""
+Form = Literal["softmax", "head_mean_logits", "full_width"]
+"""`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax.
+`full_width`: as if there were one head over the full width, `softmax(q k^T / sqrt(heads * size))`."""
 
 CHUNK = 64
 """Rows per chunk. Bounds the extra memory of a request by heads x CHUNK x keys, however many rows it asks for."""
@@ -107,10 +108,11 @@ def attention_rows(
     batch, heads, _, size = query.shape
     wanted = query.gather(2, rows[:, None, :, None].expand(batch, heads, rows.shape[1], size))
     wanted = rearrange(wanted, "b (kv group) row size -> b kv group row size", kv=key.shape[1])
-    if form == "head_mean_logits":
-        # mean_h q_h . k_h is one product over the concatenated heads; the group's queries add up first
+    if form != "softmax":
+        # sum_h q_h . k_h is one product over the concatenated heads; the group's queries add up first
         q = rearrange(wanted.sum(2), "b kv row size -> b row (kv size)")
-        logits = (q @ rearrange(key, "b kv key size -> b (kv size) key"))[:, None] * (scaling / heads)
+        scaling /= heads if form == "head_mean_logits" else heads**0.5
+        logits = (q @ rearrange(key, "b kv key size -> b (kv size) key"))[:, None] * scaling
     else:
         logits = rearrange(wanted, "b kv group row size -> b kv (group row) size") @ key.transpose(2, 3) * scaling
         logits = rearrange(logits, "b kv (group row) key -> b (kv group) row key", row=rows.shape[1])
@@ -193,25 +195,28 @@ _LOWEST = torch.finfo(torch.float32).min / 2
 
 
 def _reweight(
-    output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    reweighting: Sequence[Reweighting],
+    again: Callable[[Tensor, Tensor], Tensor], output: Tensor, query: Tensor, mask: Tensor | None, asked: _Asked
 ) -> Tensor:
-    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew."""
-    group = query.shape[1] // key.shape[1]
-    keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    for one in reweighting:
-        at = one.rows[:, None, :, None]
-        chosen = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
-        bias = _with_bias(mask, one.rows, reweighting).to(query.dtype)
-        again = torch.nn.functional.scaled_dot_product_attention(chosen, keys, values, attn_mask=bias, scale=scaling)
-        again = again.transpose(1, 2)
-        output = output.scatter(1, one.rows[:, :, None, None].expand_as(again), again)
+    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew, chunk by chunk.
+
+    `again(query, mask)` is the kernel over the same keys and values.
+    """
+    for rows in (chunk for one in asked.reweighting for chunk in one.rows.split(CHUNK, 1)):
+        chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        fresh = again(chosen, _with_bias(mask, rows, asked.reweighting).to(query.dtype))
+        output = output.scatter(1, rows[:, :, None, None].expand_as(fresh), fresh)
     return output
+
+
+def written_out(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask, and where there is none but the module is causal, the one that kernels take for granted then.
+
+    `(batch, 1, length, key)` bool, a view of one square: a row sees no key behind its own place.
+    """
+    if mask is not None or query.shape[2] == 1 or not getattr(module, "is_causal", False):
+        return mask
+    square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return square.expand(query.shape[0], 1, *square.shape)
 
 
 def eager_attention(
@@ -228,6 +233,7 @@ def eager_attention(
 
     Shapes as in transformers: `query (batch, head, length, size)`; returns `(batch, length, head, size)` and the map.
     """
+    attention_mask = written_out(module, query, key, attention_mask)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     logits = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -251,12 +257,19 @@ def _beside(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[...
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if attention_mask is not None and attention_mask.numel() == 1 == query.shape[2]:
+            attention_mask = None  # one value for all keys hides none of them, and kernels are faster without a mask
         asked: _Asked | None = module.__dict__.get(_SLOT)
+        seen = attention_mask if asked is None else written_out(module, query, key, attention_mask)
         if asked is not None:
-            _answer_requests(asked, module, query, key, attention_mask, scaling)
+            _answer_requests(asked, module, query, key, seen, scaling)
         output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         if asked is not None and asked.reweighting:
-            output = _reweight(output, query, key, value, attention_mask, scaling, asked.reweighting)
+
+            def again(rows: Tensor, mask: Tensor) -> Tensor:
+                return kernel(module, rows, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
+
+            output = _reweight(again, output, query, seen, asked)
         return output, weights
 
     return attend

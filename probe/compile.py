@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from probe.compile_call import Call, bind
+from probe.compile_encoder import check_looking, check_parts, check_site
 from probe.compile_fit import check_choice, check_layers, check_scores
 from probe.errors import ProbeError
 from probe.recipe import Part, ProbeSpec, Recipe
@@ -42,7 +43,11 @@ class Record:
 
 @dataclass(frozen=True)
 class BoundProbe:
-    """One probe of a recipe at one layer of a model. `place` is where the recipe says so: `file:line:column`."""
+    """One probe of a recipe at one layer of a model. `place` is where the recipe says so: `file:line:column`.
+
+    At sites of the image encoder `layer` is one of the encoder's, `views` says which views the probe sees, and `group`
+    whether each view or each whole picture is decided on its own.
+    """
 
     name: str
     site: Site
@@ -53,6 +58,8 @@ class BoundProbe:
     place: str
     line: int | None
     when: tuple[Condition, ...] = ()
+    views: str = "all"
+    group: str = "view"
 
     def fires(self, clock: Clock) -> bool:
         """Whether the probe acts in a pass of this step."""
@@ -73,13 +80,18 @@ class ProbeTable:
     )
 
     def at(self, clock: Clock) -> tuple[BoundProbe, ...]:
-        """The probes that fire at the clock's step, in the recipe's order."""
+        """The probes that fire in the language model at the clock's step, in the recipe's order."""
         if any(p.steps.of != "steps" or p.steps.exactly == ("prefill",) for p in self.probes):
-            return tuple(p for p in self.probes if p.fires(clock))
+            return tuple(p for p in self.probes if not p.site.in_encoder and p.fires(clock))
         key = (clock.step, clock.nominal_steps)
         if key not in self._by_step:
-            self._by_step[key] = tuple(p for p in self.probes if p.fires(clock))
+            self._by_step[key] = tuple(p for p in self.probes if not p.site.in_encoder and p.fires(clock))
         return self._by_step[key]
+
+    @property
+    def encoder(self) -> tuple[BoundProbe, ...]:
+        """The probes that act while pictures are encoded, once per sample, in the recipe's order."""
+        return tuple(p for p in self.probes if p.site.in_encoder)
 
     @property
     def edits(self) -> tuple[BoundProbe, ...]:
@@ -134,6 +146,11 @@ class _Compiler:
         return self.recipe.fault(self.path + path, words)
 
     def probes(self) -> list[BoundProbe]:
+        if self.site.in_encoder:
+            try:
+                check_site(self.site, self.spec.at.steps, bool(self.spec.at.when), self.facts)
+            except Wrong as error:
+                raise self.fail(str(error), *error.path) from None
         layers = self.layers()
         edits: list[Edit | None] = [None] * len(layers)
         records: list[tuple[Record, ...]] = [()] * len(layers)
@@ -144,7 +161,18 @@ class _Compiler:
             edits = list(self.edits(layers))
         at = (self.recipe.place(self.path), self.recipe.line(self.path))
         return [
-            BoundProbe(self.spec.name, self.site, layer, edit, record, self.spec.at.steps, *at, self.spec.at.when)
+            BoundProbe(
+                self.spec.name,
+                self.site,
+                layer,
+                edit,
+                record,
+                self.spec.at.steps,
+                *at,
+                when=self.spec.at.when,
+                views=self.spec.at.views,
+                group=self.spec.at.group,
+            )
             for layer, edit, record in zip(layers, edits, records, strict=True)
         ]
 
@@ -153,8 +181,11 @@ class _Compiler:
         if where is None:
             return (None,)
         key = "layer" if self.spec.at.layer is not None else "layers"
+        have, owner = self.facts.layers, self.facts.name
+        if self.site.in_encoder:
+            have, owner = self.facts.encoder_layers, f"the encoder of {owner}"
         try:
-            return where.resolve(self.facts.layers, self.facts.name)
+            return where.resolve(have, owner)
         except Wrong as error:
             inside = error.path if key == "layers" else ()
             raise self.fail(str(error), "at", key, *inside) from None
@@ -193,6 +224,11 @@ class _Compiler:
                 where = " or ".join(f"`{s}`" for s in sites)
                 raise self.fail(f"`{part.name}` is recorded at {where}, not at `{self.site}`", "record", j)
             (call,) = self.call(entry, part, 1, "record", j, varies=False)
+            if self.site is Site.ENCODER_LAYER_ATTENTION:
+                try:
+                    check_looking(0, self.facts, call.variants[0], attends=True)
+                except Wrong as error:
+                    raise self.fail(str(error), "record", j, part.name) from None
             found.append(Record(call, part.variable))
         return tuple(found)
 
@@ -200,11 +236,15 @@ class _Compiler:
 
     def edits(self, layers: tuple[int | None, ...]) -> list[Edit]:
         spec, n = self.spec, len(layers)
-        if self.site not in EDIT_SITES:
-            allowed = ", ".join(f"`{s}`" for s in EDIT_SITES)
-            raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
         assert spec.do is not None
         operation = self.entry(self.words.operations, spec.do, "do")
+        sites = operation.meta.get("sites")
+        if sites is None and self.site not in EDIT_SITES:
+            allowed = ", ".join(f"`{s}`" for s in EDIT_SITES if s.in_encoder == self.site.in_encoder)
+            raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
+        if sites is not None and self.site not in sites:
+            allowed = " or ".join(f"`{s}`" for s in sites)
+            raise self.fail(f"`{spec.do.name}` acts at {allowed}, not at `{self.site}`", "do")
         selected = spec.select
         if selected is None:
             default = operation.meta.get("default_select")
@@ -222,7 +262,10 @@ class _Compiler:
             try:
                 check_scores(given, select, do)
                 check_choice(select, do)
-                check_layers(self.site, layer, given, select, do)
+                if self.site.in_encoder:
+                    check_parts(layer, self.facts, given, select, do, spec.do.params)
+                else:
+                    check_layers(self.site, layer, given, select, do)
             except Wrong as error:
                 raise self.fail(str(error), *error.path) from None
             self.check_duration(do)

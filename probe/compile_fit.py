@@ -65,6 +65,12 @@ def check_choice(select: Call, do: Call) -> None:
 
 def check_scores(score: Call | None, select: Call, do: Call) -> None:
     """Every part that reads a score must be given one of the kind it reads, and a score must be read by someone."""
+    keeps = [params.get("keep") for params in select.variants]
+    if words := [str(keep) for keep in keeps if getattr(keep, "rule", "") in ("rest", "budget")]:
+        raise Wrong(
+            f"`{words[0]}` speaks of the `keep` of a combination around the selection, and there is none",
+            *("select", select.entry.name, "keep"),
+        )
     read = False
     for part, top in ((select, "select"), (do, "do")):
         for call, path in located(part, (top, part.entry.name)):

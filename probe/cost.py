@@ -40,7 +40,7 @@ class DecoderDims:
 
     def scored_rows(self, rows: int, keys: int, form: str) -> int:
         """Extra attention rows beside the kernel: one product per head (grouped heads add up first when averaged)."""
-        heads = self.kv_heads if form == "head_mean_logits" else self.heads
+        heads = self.heads if form == "softmax" else self.kv_heads
         return 2 * rows * keys * heads * self.head_size
 
     def reweighted(self, rows: int, keys: int) -> int:
@@ -49,7 +49,7 @@ class DecoderDims:
 
     def averaged_rows(self, rows: int, keys: int, form: str) -> int:
         """Averaging those rows: one product with the rows' weights per head."""
-        return 2 * rows * keys * (1 if form == "head_mean_logits" else self.heads)
+        return 2 * rows * keys * (self.heads if form == "softmax" else 1)
 
 
 def decoder_dims(config: Any, vocabulary: int) -> DecoderDims:
@@ -76,14 +76,29 @@ class EncoderDims:
     mlp: int
     layers: int
     out_width: int
+    heads: int = 1
 
     def encode(self, views: int) -> int:
         """All views through patch embedding, layers and projector."""
         n = self.patches
-        embed = 2 * n * 3 * self.patch**2 * self.width
-        layer = 2 * n * 4 * self.width**2 + 4 * n * n * self.width + 4 * n * self.width * self.mlp
-        projector = 2 * n * (self.width * self.out_width + self.out_width**2)
-        return views * (embed + self.layers * layer + projector)
+        return self.embed(views) + self.layers * self.layer(views, n, n) + self.project(views * n)
+
+    def embed(self, views: int) -> int:
+        """Patch embedding."""
+        return 2 * views * self.patches * 3 * self.patch**2 * self.width
+
+    def layer(self, views: int, rows: int, mlp_rows: int) -> int:
+        """One layer: `rows` of every view attend to each other, `mlp_rows` of them go through the MLP."""
+        attention = 2 * rows * 4 * self.width**2 + 4 * rows * rows * self.width
+        return views * (attention + 4 * mlp_rows * self.width * self.mlp)
+
+    def project(self, rows: int) -> int:
+        """The projector on `rows` patches in all."""
+        return 2 * rows * (self.width * self.out_width + self.out_width**2)
+
+    def looked_rows(self, rows: int, keys: int, form: str) -> int:
+        """Attention rows of one view beside the kernel, and averaging them."""
+        return 2 * rows * keys * self.width + 2 * rows * keys * (self.heads if form == "softmax" else 1)
 
 
 def encoder_dims(config: Any, out_width: int) -> EncoderDims:
@@ -95,6 +110,7 @@ def encoder_dims(config: Any, out_width: int) -> EncoderDims:
         mlp=config.intermediate_size,
         layers=config.num_hidden_layers,
         out_width=out_width,
+        heads=config.num_attention_heads,
     )
 
 

@@ -40,7 +40,7 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
     block_length = own.block_length or (gen_length if changed else base["block_length"])
     in_proportion = max(1, round(base["steps"] * gen_length / base["gen_length"]))
     steps = own.steps or (in_proportion if changed else base["steps"])
-    stop = own.stop if own.stop is not None else (defaults.stop if pictures else ())
+    stop = own.stop if own.stop is not None else (defaults.stop if pictures or backbone.causal else ())
     remasking = own.remasking or "low_confidence"
     if remasking not in get_args(Remasking):
         raise recipe.fault(("generate", "remasking"), f"is `{remasking}`; known: {', '.join(get_args(Remasking))}")

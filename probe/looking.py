@@ -6,7 +6,6 @@ the number of its queries. The same (layer, queries, form) is computed once, who
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -22,8 +21,8 @@ from probe.backbones.base import Backbone
 from probe.compile import BoundProbe, Call
 from probe.conditions import Watch
 from probe.cost import DecoderDims
-from probe.decide import asked
 from probe.errors import ProbeError
+from probe.inputs import asked
 from probe.loop import Pass
 from probe.scores.raters import raters
 from probe.site import QuerySet, Reweight, Role
@@ -89,6 +88,7 @@ class Looking:
         self._under_way: dict[Attended, _Gathering] = {}
         self._received: dict[Attended, tuple[_Gathering, Layout]] = {}
         self._each: set[Attended] = set()
+        self._spent = 0
         self._keys_wanted: set[int] = set()
         self._keys: dict[int, tuple[Tensor, Layout]] = {}
         self._reweight: dict[int, list[Reweight]] = {}
@@ -123,11 +123,12 @@ class Looking:
             if name in ("keys", "text_keys"):
                 self._keys_wanted.add(layer)
             elif name in ("received", "attended", "n_queries") and not params.get("projected"):
-                key = attended(layer, params)
-                self._wanted.setdefault(layer, set()).add(key)
-                self._scored.add(key)
-                if name == "attended":
-                    self._each.add(key)
+                for at in range(layer + 1) if params.get("layers") == "so_far" else [layer]:
+                    key = attended(at, params)
+                    self._wanted.setdefault(at, set()).add(key)
+                    self._scored.add(key)
+                    if name == "attended":
+                        self._each.add(key)
 
     def timed(self) -> AbstractContextManager[None]:
         """Time spent inside belongs to the probes."""
@@ -150,6 +151,7 @@ class Looking:
             scored = self._dims.at(layer).scored_rows(rows.shape[1], keys.width, key[2])
             averaged = self._dims.at(layer).averaged_rows(rows.shape[1], keys.width, key[2])
             flops += layout.batch * (self._streams * scored + averaged)
+        flops, self._spent = flops + self._spent, 0
         reweighting = self._reweighting(layer, layout, keys)
         again = sum(self._dims.at(layer).reweighted(r.rows.shape[1], keys.width) for r in reweighting)
         flops += layout.batch * self._streams * again
@@ -314,6 +316,7 @@ class Looking:
             uids = torch.tensor(text, dtype=torch.int64, device=layout.row.device)
             embeds = canvas.embeds[b]
             seen = embeds.index_select(0, canvas.layout.visual_rows[b])
+            self._spent += 2 * seen.shape[0] * len(text) * embeds.shape[1]
             chosen = raters(seen, embeds.index_select(0, canvas.layout.locate_in(b, uids)))
             chosen = chosen | ~chosen.any()
             rows.append(layout.locate_in(b, uids))
@@ -339,7 +342,7 @@ def _start_rows(queries: QuerySet, request: Pass, b: int, shift: int) -> list[in
         case "answer":
             return request.computed[b]
         case "predicting":
-            return _predicting(request, b, shift)
+            return request.predicting[b] if shift else request.masked[b]
         case "last_prompt":
             return [last_prompt] if prompt != "none" else []
         case "question":
@@ -348,13 +351,3 @@ def _start_rows(queries: QuerySet, request: Pass, b: int, shift: int) -> list[in
             return canvas.rows_of(Role.SYSTEM, b) if prompt == "all" else []
         case _:
             raise ProbeError(f"`{queries}` is no set of rows")
-
-
-def _predicting(request: Pass, b: int, shift: int) -> list[int]:
-    """The rows whose logits predict the masked slots: their own, or where logits are shifted the rows before them."""
-    if not shift:
-        return request.masked[b]
-    masked = set(request.masked[b])
-    last_prompt = request.canvas.prompt_length[b] - 1
-    order = ([last_prompt] if request.work.prompt != "none" else []) + request.computed[b]
-    return [before for before, row in itertools.pairwise(order) if row in masked]

@@ -40,8 +40,10 @@ class Pass:
 
     `rows (batch, c)` int64 are the canvas rows (numbered when they were made) of the slots whose logits are needed, and
     `previous` the rows before them (-1 where this pass does not compute it), for models whose row predicts the next
-    slot. `masked[b]` and `filled[b]` (host) are the rows of masked and of written slots. Under guidance (`guided`) a
-    second stream runs on `canvas.unconditional(mask embedding)`; its logits follow the first stream's along the batch.
+    slot. `masked[b]` and `filled[b]` (host) are the rows of masked and of written slots, `predicting[b]` the rows
+    before masked slots, whether those are computed themselves, stored, or not in the sequence yet. Under guidance
+    (`guided`) a second stream runs on `canvas.unconditional(mask embedding)`; its logits follow the first stream's
+    along the batch.
     `tail (batch, t)` are the places, behind the prompt, of slots and suffix that this pass computes.
     """
 
@@ -59,6 +61,7 @@ class Pass:
     """`(batch, c, vocabulary)` of an earlier pass, for models that are conditioned on them at the wanted slots."""
     computed: list[list[int]] = field(default_factory=list)
     """Per sample (host): the rows of the slots that this pass computes."""
+    predicting: list[list[int]] = field(default_factory=list)
     guided: bool = False
     window: tuple[list[int], ...] = ()
     """Per sample (host): rows of the block being decoded."""
@@ -338,6 +341,8 @@ def _request(state: State, canvas: Canvas, ask: Ask, work: Work, clock: Clock, *
         width = max(len(p) for p in places)  # ragged samples repeat their last row, which changes nothing
         tail = np.stack([np.concatenate([p, np.repeat(p[-1:], width - len(p))]) for p in places])
     low, high = ask.window
+    rows_before = np.concatenate([last_prompt, slots[:, :-1]], 1)
+    known_before = np.concatenate([np.full_like(masks[:, :1], work.prompt != "none"), computed[:, first:-1]], 1)
     return Pass(
         clock=clock,
         canvas=canvas,
@@ -348,6 +353,7 @@ def _request(state: State, canvas: Canvas, ask: Ask, work: Work, clock: Clock, *
         work=work,
         tail=tail,
         computed=[slots[b][computed[b, first:]].tolist() for b in range(state.batch)],
+        predicting=[rows_before[b][masks[b] & known_before[b]].tolist() for b in range(state.batch)],
         guided=guided,
         window=tuple(state.rows[b, max(low, first) : high].tolist() for b in range(state.batch)),
         edge=tuple(int(state.rows[b, low - 1]) if low > first else p - 1 for b, p in enumerate(canvas.prompt_length)),

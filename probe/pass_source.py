@@ -1,4 +1,4 @@
-"""What an intervention is given by name, for one sample of one pass: the engine's side of `decide.Source`."""
+"""What an intervention is given by name, for one sample of one pass: the engine's side of `inputs.Source`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from probe.errors import ProbeError
 from probe.looking import attended
 from probe.project import projected_attention
 from probe.scores.rotary import ones_attention
-from probe.site import Role
+from probe.site import Role, Site
 from probe.surgery import Layout
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class SampleSource:
             return self._hidden_()
         simple = {
             "n": self.n,
-            "original": self._state.canvas.n_visual_at_start[self._b],
-            "progress": self._state.clock.progress,
+            "original": self._state.canvas.originals[self._b],
+            "progress": self._progress(),
             "layer_index": -1 if self._probe.layer is None else self._probe.layer,
         }
         if name in simple:
@@ -64,6 +64,11 @@ class SampleSource:
         if maker is None:
             raise ProbeError(f"{self._at()}: `{name}` is not to be had in the language model")
         return maker(params)
+
+    def _progress(self) -> float:
+        """Steps that are done when a choice takes effect, over nominal steps: at `final` this one is among them."""
+        clock = self._state.clock
+        return (clock.step + (self._probe.site is Site.FINAL)) / clock.nominal_steps
 
     def _at(self) -> str:
         return f"probe `{self._probe.name}` ({self._probe.place}) at step {self._state.clock.step}"
@@ -147,7 +152,11 @@ class SampleSource:
     def _received(self, params: Mapping[str, Any]) -> Tensor:
         if params.get("projected"):
             return self._projected(params)
-        return self._state.looking.received(self._key(params), self._b, self._uids, self._probe.name)
+        layer, queries, form = self._key(params)
+        layers = range(layer + 1) if params.get("layers") == "so_far" else [layer]
+        looking, name = self._state.looking, self._probe.name
+        seen = [looking.received((at, queries, form), self._b, self._uids, name) for at in layers]
+        return seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
 
     def _projected(self, params: Mapping[str, Any]) -> Tensor:
         """Attention of a layer that has not run yet: its norm and projections, applied to the rows that matter."""
@@ -174,12 +183,19 @@ class SampleSource:
     def _rotary_received(self, params: Mapping[str, Any]) -> Tensor:
         """What the score's query rows would pay each token if all queries and keys were ones."""
         rows, weight = self._state.looking.query_rows(self._key(params)[1], self._layout, self._b)
-        position = self._layout.position[self._b]
-        cos, sin = self._state.kit.backbone.rotary(self._hidden[:1], position[None])
-        keys = position if self._alive is self._layout else self._alive.position[self._b]
-        cos_k, sin_k = self._state.kit.backbone.rotary(self._hidden[:1], keys[None])
+        rotary = self._state.kit.backbone.rotary
+        cos, sin = rotary(self._hidden[:1], self._layout.position[self._b][None])
+        alive = self._alive
+        real = alive.row[self._b] >= 0
+        if alive.hidden_key is not None:
+            real = real & ~alive.hidden_key[self._b]
+        columns = real.nonzero()[:, 0]
+        cos_k, sin_k = rotary(self._hidden[:1], alive.position[self._b][columns][None])
         seen = ones_attention(cos[0][rows], sin[0][rows], cos_k[0], sin_k[0])
-        return (weight @ seen).index_select(0, self._alive.visual_rows[self._b])
+        self.spend(2 * rows.shape[0] * columns.shape[0] * (cos.shape[-1] + 1))
+        order = torch.arange(columns.shape[0], device=columns.device)
+        place = torch.zeros_like(real, dtype=torch.int64).index_copy(0, columns, order)
+        return (weight @ seen).index_select(0, place[alive.visual_rows[self._b]])
 
     def _keys(self, params: Mapping[str, Any]) -> Tensor:
         assert self._probe.layer is not None

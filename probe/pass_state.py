@@ -23,11 +23,12 @@ from probe.canvas import Canvas
 from probe.compile import BoundProbe, Edit, ProbeTable
 from probe.conditions import Watch
 from probe.cost import DecoderDims
-from probe.decide import asked, decide
+from probe.decide import decide
 from probe.decoding.policy import Delta
 from probe.delta_cache import DeltaStore
 from probe.errors import ProbeError
 from probe.eviction import kept_places
+from probe.inputs import asked, reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Looking, Recorder, attended
 from probe.loop import Pass
@@ -328,15 +329,15 @@ class PassState:
 
     def _enter_columns(self, layer: int) -> None:
         """A layer of a cached pass begins: its own columns, without what was cut earlier in this pass."""
-        self.keys, self._key_index[layer] = self._columns_of(layer)
+        self.keys, self._key_index[layer] = self._columns_at(layer)
         if self._start() != self._rope_start:
             self._rope_start = self._start()
             position = torch.cat([self._positions()] * self.streams)
             cos, _ = cast(tuple[Tensor, Tensor], self.rope)
             self.rope = self.kit.backbone.rotary(cos, position)
 
-    def _columns_of(self, layer: int) -> tuple[Layout, list[Tensor]]:
-        """What a layer's queries attend to in a cached pass, and what takes its store there."""
+    def _columns_at(self, layer: int) -> tuple[Layout, list[Tensor]]:
+        """A layer's columns without what this pass cuts, and the gathers that take stored keys there."""
         keys = self.kit.store.columns(layer, self.layout)
         indices = []
         for plans, said_of in [*self._cuts, *self._layer_cuts.get(layer, ())]:
@@ -347,11 +348,12 @@ class PassState:
 
     def _chosen_from(self, layer: int, first_layer: int) -> Layout:
         """The tokens that an edit after `layer` decides about: in a cached pass those that the next layer has stored."""
-        if self.cached and layer < first_layer < self.kit.dims.layers:
-            following = self._columns_of(first_layer)[0]
-            if not following.evicted and following.n_visual != self.keys.n_visual:
-                return following
-        return self.keys if self.cached else self.layout
+        if not self.cached:
+            return self.layout
+        if layer < first_layer < self.kit.dims.layers:
+            following = self._columns_at(first_layer)[0]
+            return self.keys if following.evicted else following
+        return self.keys
 
     def _stored_plans(self, layer: int) -> list[Plan | None] | None:
         """Where a layer adds what it stored: the tokens that are alive but not stored there leave before it."""
@@ -601,6 +603,8 @@ class PassState:
         options = edit.do.params(self.clock)
         if self.clock.phase is Phase.PREFILL and self._unseen(edit, layer):
             return None, options  # its query rows come with the first denoising pass
+        if self.cached and reads_prompt(edit, probe.site, self.clock):
+            return None, options  # it acted when the prompt was computed
         rows = self.canvas.layout if layer is None and probe.site is Site.BEFORE_LM else self.layout
         plans: list[Plan | None] = []
         for b in range(self.batch):

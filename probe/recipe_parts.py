@@ -70,13 +70,18 @@ def _site(value: Any) -> Any:
 
 
 class At(Section):
-    """Where a probe attaches: a site, its layers, and the steps."""
+    """Where a probe attaches: a site, its layers, and the steps.
+
+    In the image encoder also which views it sees, and whether each view or each whole picture is decided on its own.
+    """
 
     site: Annotated[Site, BeforeValidator(_site)]
     layer: LayerField | None = None
     layers: LayersField | None = None
     steps: StepsField = Steps()
     when: WhenField = ()
+    views: Literal["all", "base", "tiles"] = "all"
+    group: Literal["view", "picture"] = "view"
 
     @model_validator(mode="after")
     def _layers_fit_the_site(self) -> Self:
@@ -87,6 +92,10 @@ class At(Section):
         if not self.site.has_layers and self.where is not None:
             key = "layer" if self.layer is not None else "layers"
             raise Wrong(f"the site {self.site} has no layers; remove `{key}`", key)
+        for key in ("views", "group"):
+            if key in self.model_fields_set and not self.site.in_encoder:
+                where = ", ".join(site.value for site in Site if site.in_encoder)
+                raise Wrong(f"means something only in the image encoder ({where}), not at {self.site}", key)
         return self
 
     @property
@@ -198,5 +207,7 @@ class Run(Section):
     time: bool = True
 
 
-AXES = ("sample", "step", "layer", "head", "segment", "segment_key", "position", "visual")
+AXES = (
+    "sample", "step", "layer", "head", "segment", "segment_key", "position", "visual", "encoder_layer", "view", "patch",
+)  # fmt: skip
 """Names of the trace's axes; no recorded variable can have one of them."""

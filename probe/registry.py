@@ -125,7 +125,11 @@ class Registry:
         self._loaded_entry_points = False
 
     def register(self, function: Callable[..., Any] | None = None, *, name: str | None = None, **meta: Any) -> Any:
-        """Register a function under its own name, or `name`; extra keywords are kept as `entry.meta`."""
+        """Register a function under its own name, or `name`; extra keywords are kept as `entry.meta`.
+
+        `reads`: which inputs the function looks at, a function of its parameters. `one_of`: parameters of which a
+        recipe sets exactly one. `quiet`: parameters that are told of only where they are not at their default.
+        """
 
         def add(f: Callable[..., Any]) -> Callable[..., Any]:
             key = name or f.__name__

@@ -46,10 +46,10 @@ QuerySet = Literal[
 ]
 """Which rows of the sequence look: all answer slots, those still masked, those filled, the rows whose logits predict
 the masked slots (where logits are shifted, each the row before its slot), the last row of the sequence, the last row
-before the answer, the question's, the system prompt's, the alive visual tokens', or every row. `raters` are the rows of
-the question that matter to the picture (`probe.scores.raters`), `raters_answer` chooses them from question and answer
-slots together; `cls` is the class token of an image encoder that has one. Only rows that the pass computes count: in a
-cached pass a row that is not computed does not look."""
+before the answer, the question's, the system prompt's, the alive visual tokens', or every row. Only rows that the pass
+computes count: in a cached pass a row that is not computed does not look. `raters` are the rows of the question that
+matter to the picture (`probe.scores.raters`), `raters_answer` chooses them from question and answer slots together. In
+an image encoder: the class token (`cls`, where it has one), the patches of a view (`visual`), or both (`all`)."""
 
 
 class Fate(IntEnum):
@@ -108,8 +108,15 @@ def first_step(fraction: float, nominal_steps: int) -> int:
 
 
 class Site(StrEnum):
-    """Where in one forward pass a probe can attach."""
+    """Where a probe can attach: in the image encoder (once per sample), or in one forward pass of the language model.
 
+    In the encoder every view of a picture is a sequence of its own; `layer` counts the encoder's layers there.
+    """
+
+    ENCODER_LAYER_ATTENTION = "encoder.layer.attention"  # the attention rows of an encoder layer
+    ENCODER_LAYER_AFTER_ATTENTION = "encoder.layer.after_attention"  # between attention and MLP of an encoder layer
+    ENCODER_OUTPUT = "encoder.output"  # patch features of every view, before the projector
+    PROJECTOR_OUTPUT = "projector.output"  # projected features of every view, before tiles are joined
     BEFORE_LM = "before_lm"  # the assembled sequence, before layer 0
     LAYER_INPUT = "layer.input"
     LAYER_ATTENTION = "layer.attention"  # the attention rows of the layer
@@ -121,10 +128,18 @@ class Site(StrEnum):
     @property
     def has_layers(self) -> bool:
         """Whether the site exists once per layer (and a probe at it must name layers)."""
-        return self.value.startswith("layer.")
+        return self.value.startswith(("layer.", "encoder.layer."))
+
+    @property
+    def in_encoder(self) -> bool:
+        """Whether the site lies before the language model, where pictures are encoded once, before the first step."""
+        return self.value.startswith(("encoder.", "projector."))
 
 
 EDIT_SITES: tuple[Site, ...] = (
+    Site.ENCODER_LAYER_AFTER_ATTENTION,
+    Site.ENCODER_OUTPUT,
+    Site.PROJECTOR_OUTPUT,
     Site.BEFORE_LM,
     Site.LAYER_INPUT,
     Site.LAYER_AFTER_ATTENTION,
@@ -184,7 +199,12 @@ class Reweight:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The sizes that a recipe is checked against, known without any weight."""
+    """The sizes that a recipe is checked against, known without any weight.
+
+    Of the image encoder: `encoder_layers` in use (0: none), `patches` of one view, whether a `class_token` stands
+    before them, whether the checkpoint has a `text_tower` that shares a space with it, and the sites that it cannot
+    offer, with the reason.
+    """
 
     name: str
     layers: int
@@ -192,3 +212,7 @@ class ModelFacts:
     width: int
     vocabulary: int
     encoder_layers: int
+    patches: int = 0
+    class_token: bool = False
+    text_tower: bool = False
+    refused: tuple[tuple[Site, str], ...] = ()

@@ -19,8 +19,8 @@ from probe.backbones.base import Backbone
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, ProbeTable
 from probe.conditions import Watch
-from probe.decide import asked
 from probe.delta_cache import DeltaStore, replaced
+from probe.inputs import reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult, Step
@@ -54,7 +54,7 @@ class Tracer:
             backbone=backbone,
             table=table,
             dims=dims,
-            ledger=Ledger(canvas.n_visual_at_start, dims.layers, device),
+            ledger=Ledger(canvas.n_visual_at_start, dims.layers, device, canvas.fates),
             recorder=recorder or Recorder(),
             watch=watch or Stopwatch(device),
             seeds=tuple(seeds),
@@ -65,6 +65,7 @@ class Tracer:
             ),
         )
         self.shift = backbone.shift
+        self._acted: set[tuple[str, int | None]] = set()
         self.code_probes = tuple(code_probes)
         self.flops: list[dict[str, int]] = []
         """FLOPs of the whole batch by phase, one entry per pass."""
@@ -94,14 +95,19 @@ class Tracer:
             for probe in (p for p in firing if p.site is Site.FINAL):
                 state.at_final(probe, hidden)
         state.finish()
+        if request.work.prompt == "all":
+            self._acted |= {(p.name, p.layer) for p in firing}
         if request.work.cached or delta is not None:
             kit.ledger.keep_columns()
             if request.work.evict is not None:
                 kit.ledger.evict([x.layout if x is not None else None for x in kit.store.layers])
         state.flops["head"] = kit.dims.head(rows.numel())
         self.flops.append(state.flops)
-        own = request.canvas.layout
-        return PassResult(logits, state.canvas_after, own.length, own.locate(request.rows), state.on_cache, state.chosen)
+        drawn_over = request.canvas.layout if request.work.prompt == "all" else self._computed
+        places = drawn_over.locate(request.rows)
+        return PassResult(
+            logits, state.canvas_after, drawn_over.length, places, state.on_cache, state.chosen
+        )
 
     def observe(self, step: Step) -> None:
         """The loop has decided: what conditions wait for."""
@@ -124,15 +130,22 @@ class Tracer:
         return places
 
     def wants_every_row(self, clock: Clock) -> str | None:
-        """Which probe of this step looks at rows that a cached pass does not compute, and why."""
+        """Which probe of this step looks at rows that a cached pass does not compute, and why.
+
+        One that has acted since its start, in a pass that computed the prompt, need not act again: what it removed is
+        gone from the columns.
+        """
         for probe in self.kit.table.at(clock):
-            if reason := needs_prompt_rows(probe, clock):
-                return f"probe `{probe.name}` {reason}"
+            if probe.edit is None or (probe.name, probe.layer) in self._acted:
+                continue
+            if reason := reads_prompt(probe.edit, probe.site, clock):
+                return f"probe `{probe.name}` ({probe.place}) {reason}"
         return None
 
     def _run(self, state: PassState, probes: list[BoundProbe], request: Pass) -> Tensor:
         inputs = state.model_inputs()
         state.rows = state.layout.length
+        self._computed = state.layout
         delta = request.work.delta
         code = [c for c in self.code_probes if c.fires(request.clock)]
         with ExitStack() as stack:
@@ -152,24 +165,6 @@ class Tracer:
                 return hidden
             hidden = self.kit.backbone.lm(**inputs).last_hidden_state
             return cast(Tensor, hidden)
-
-
-def needs_prompt_rows(probe: BoundProbe, clock: Clock) -> str | None:
-    """Why an intervention must see prompt rows computed in this very pass; None when it need not."""
-    if probe.edit is None or probe.site is Site.BEFORE_LM:
-        return None
-    for name, params in asked(probe.edit, clock):
-        if name in ("hidden", "layer_input"):
-            return "reads the hidden states of visual tokens"
-        if name in ("text_hidden", "text_keys"):
-            return "reads the question's rows"
-        if name in ("received", "attended") and (params.get("queries") in PROMPT_QUERIES or params.get("projected")):
-            return f"scores with attention from `{params.get('queries')}` rows"
-    return None
-
-
-PROMPT_QUERIES = ("question", "system", "visual", "raters", "raters_answer")
-"""Query sets that stand in the prompt."""
 
 
 def _skips_mlp(probe: BoundProbe) -> bool:

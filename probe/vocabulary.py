@@ -27,6 +27,7 @@ from probe.decoding import (
     slowfast,
     wino,
 )
+from probe.signals import encoder
 
 __all__ = [
     "autoregressive",
@@ -39,6 +40,7 @@ __all__ = [
     "dpad",
     "dream",
     "dreamon",
+    "encoder",
     "eos",
     "fast_cache",
     "fast_dllm",

@@ -34,6 +34,8 @@ class Geometry:
     limit: int | None = None
     pool: str | None = None
     """How a view's patches become half as many tokens along each side: one of `POOLS`, or None: they do not."""
+    digits: int | None = None
+    """Decimal digits to which a fitted side is rounded before it rounds down, where an original does so."""
 
     @property
     def patches(self) -> int:
@@ -92,7 +94,7 @@ class Tiling:
     @cached_property
     def trim(self) -> tuple[int, int]:
         """Rows removed from top and bottom each, columns removed from left and right each."""
-        return padding_of(*self.full, self.width, self.height)
+        return padding_of(*self.full, self.width, self.height, self.geometry.digits)
 
     @property
     def trimmed(self) -> tuple[int, int]:
@@ -149,14 +151,17 @@ def fitted(width: int, height: int, across: int, down: int) -> tuple[int, int]:
     return min(math.ceil(width * by_height), across), down
 
 
-def padding_of(rows: int, columns: int, width: int, height: int) -> tuple[int, int]:
+def padding_of(rows: int, columns: int, width: int, height: int, digits: int | None = None) -> tuple[int, int]:
     """Rows and columns of padding on each side of a map that shows a `width` x `height` picture centred.
 
-    Here the fitted side rounds *down*, unlike in `fitted`, so a sliver of padding can remain.
+    Here the fitted side rounds *down*, unlike in `fitted`, so a sliver of padding can remain. `digits` are kept of
+    the fitted side before that, so that 23.9999999 counts as 24.
     """
     if width / height > columns / rows:
-        return (rows - int(height * (columns / width))) // 2, 0
-    return 0, (columns - int(width * (rows / height))) // 2
+        shown = height * (columns / width)
+        return (rows - int(shown if digits is None else round(shown, digits))) // 2, 0
+    shown = width * (rows / height)
+    return 0, (columns - int(shown if digits is None else round(shown, digits))) // 2
 
 
 def pinpoints_of(value: object, tile: int) -> tuple[tuple[int, int], ...]:

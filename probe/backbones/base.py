@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from probe.backbones.rows import Rows
-from probe.cost import DecoderDims, decoder_dims
-from probe.site import ModelFacts
+from probe.cost import DecoderDims, EncoderDims, decoder_dims
+from probe.errors import ProbeError
+from probe.site import ModelFacts, Role
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Prompt:
     `view (V,)` int16: 0 for the first picture's base view, then its tiles, then the next picture's views.
     `picture (V,)` int16: which picture. Text-only prompts have V = 0. `position (P,)` or `(P, axes)` int64 are rotary
     positions (None: 0..P-1); answer slots continue after the largest on every axis.
+
+    Where probes acted in the encoder, V counts every patch of every view and the tokens that were added to them, so
+    most of them stand nowhere: `fate (V,)` uint8 of `Fate` says what became of each, and `unpruned` how many visual
+    tokens the sample would have had otherwise.
     """
 
     embeds: Tensor
@@ -42,22 +47,78 @@ class Prompt:
     view: Tensor
     picture: Tensor
     position: Tensor | None = None
+    fate: Tensor | None = None
+    unpruned: int | None = None
 
     @property
     def n_visual(self) -> int:
-        """Tokens of the visual span, newlines included."""
+        """Tokens of the visual span, newlines included; with `fate`, those that never reached it as well."""
         return self.box.shape[0]
+
+    @property
+    def n_original(self) -> int:
+        """Visual tokens that the sample has before anything is removed: what a share of them is a share of."""
+        return self.n_visual if self.unpruned is None else self.unpruned
+
+    @property
+    def visual_role(self) -> Tensor:
+        """`(V,)` int8: the role of every visual token, also of those that stand nowhere."""
+        role = torch.full((self.n_visual,), int(Role.VISUAL), dtype=torch.int8, device=self.role.device)
+        there = self.visual >= 0
+        role[self.visual[there]] = self.role[there]
+        return role
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a sample's pictures are cut into views, known before anything is encoded.
+
+    `box (views, patches, 4)` float32: what each patch sees, as fractions of its picture (without area if only padding);
+    `picture (views,)` int16; `base[v]`: whether a view shows its picture whole (else it is a tile of it); `place[v]`:
+    which of the prompt's places for pictures the view goes to. Without pruning `tokens[p]` visual tokens would stand
+    at place p, and `token (views, patches)` int64 says which of them shows what a patch sees.
+    """
+
+    box: Tensor
+    picture: Tensor
+    base: tuple[bool, ...]
+    place: tuple[int, ...]
+    token: Tensor
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What is left of the patches after probes acted in the encoder.
+
+    A token's number is that of the patch it began as, `view * patches + patch`; tokens that were added count on from
+    there, T in all. `alive[v] (n,)` int64: the numbers of a view's tokens as they stand, which the first n rows of its
+    `Features.projected` hold (padding behind). `holder (views * patches,)` int64: the token that each patch is in now:
+    itself, the one it was merged into, or -1. `view (T,)` int64; `size (T,)` float32: original patches behind a token;
+    `fate (T,)` uint8 of `Fate`: what became of every number (kept: it is alive). `compact` says that the sequence gets
+    fresh positions, as if it had been so short from the start; else everything keeps the positions of the unpruned one.
+    """
+
+    alive: tuple[Tensor, ...]
+    holder: Tensor
+    view: Tensor
+    size: Tensor
+    fate: Tensor
+    views: Views
+    compact: bool = False
 
 
 @dataclass(frozen=True)
 class Features:
     """What the image encoder made of a sample's pictures: `projected (views, patches, width)` and their layout.
 
-    Encoded once per sample; `layout` is the adapter's own business (tile grids, sizes), opaque to others.
+    Encoded once per sample; `layout` is the adapter's own business (tile grids, sizes), opaque to others. Where probes
+    removed patches in the encoder the grid of patches is gone, and `survivors` says which tokens stand there.
     """
 
     projected: Tensor
     layout: object
+    survivors: Survivors | None = None
 
 
 def add(residual: Tensor, mlp: Tensor, ids: Tensor) -> Tensor:
@@ -151,6 +212,34 @@ class Backbone(ABC, nn.Module):
     def encoder_layers(self) -> Sequence[LayerModules]:
         """The image encoder's layers in use, first to last."""
 
+    @property
+    def projector(self) -> nn.Module | None:
+        """The module between encoder and language model, called once with all views; None: no probe acts around it."""
+        return None
+
+    @property
+    def encoder_cost(self) -> EncoderDims | None:
+        """Sizes that FLOPs of the encoder are counted from, layer by layer; None where no probe acts in it."""
+        return None
+
+    def views(self, images: Sequence[Image.Image]) -> Views:
+        """How `encode_images` cuts these pictures into views. Needed where probes act in the encoder."""
+        raise ProbeError(
+            f"{self.facts.name} does not say how pictures are cut into views, so no probe acts in its encoder"
+        )
+
+    def embed_text(self, text: str) -> Tensor:
+        """`(d,)`: a text in the space that it shares with `text_space`. Only with a text tower."""
+        raise ProbeError(f"{self.facts.name} has no text tower")
+
+    def text_flops(self, text: str) -> int:
+        """Executed FLOPs of `embed_text`."""
+        return 0
+
+    def text_space(self, hidden: Tensor) -> Tensor:
+        """Patch features `(n, encoder width)` of the encoder's output in the space of its text tower, `(n, d)`."""
+        raise ProbeError(f"{self.facts.name} has no text tower")
+
     @abstractmethod
     def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """`(cos, sin)`, each `(batch, length, head size)`, at `position (batch, length[, axes])`."""
@@ -192,6 +281,10 @@ class Backbone(ABC, nn.Module):
     @abstractmethod
     def encode_images(self, images: Sequence[Image.Image]) -> Features:
         """Preprocess, encode and project the pictures of one sample. The costly half of `encode`."""
+
+    def encode_video(self, frames: Sequence[Image.Image]) -> Features:
+        """Likewise, the frames of one clip, which has one place in the prompt. Raises where a model takes no clips."""
+        raise ProbeError(f"{self.source} takes no clips; give the frames as pictures (`images`)")
 
     @abstractmethod
     def encode_flops(self, features: Features) -> float:

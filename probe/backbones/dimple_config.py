@@ -8,10 +8,15 @@ from typing import Any
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.dimple_resize import Preprocessing, preprocessing_of
 from probe.errors import ProbeError
-from probe.site import ModelFacts
+from probe.site import ModelFacts, Site
 
 MODEL_TYPE = "dimple"
 PUBLISHED_NAME = "rp-yu/Dimple-7B"
+PACKED = (
+    "its encoder packs all pictures into one sequence, attends in windows of them and joins patches two by two, which "
+    "needs every patch; attach at `before_lm`"
+)
+"""Why no probe acts in the encoder."""
 
 TEXT: dict[str, Any] = {
     "mrope_section": [16, 24, 24],
@@ -116,6 +121,7 @@ def _facts(name: str, config: Mapping[str, Any]) -> ModelFacts:
             width=int(config["hidden_size"]),
             vocabulary=int(config["vocab_size"]),
             encoder_layers=int(vision_settings(config)["depth"]),
+            refused=tuple((site, PACKED) for site in Site if site.in_encoder),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ProbeError(f"the config of {name} lacks a usable {error}") from error

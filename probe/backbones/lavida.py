@@ -32,7 +32,7 @@ from probe.site import ModelFacts
 
 DREAM_DEFAULTS = GenerationDefaults(
     gen_length=256, block_length=256, steps=256, cache={"prefix": {}},
-    unmask={"dream": {"algorithm": "topk_margin", "top_k": 50}},
+    unmask={"dream": {"algorithm": "topk_margin", "top_k": 50, "capped": True}},
 )  # fmt: skip
 LLADA_DEFAULTS = GenerationDefaults(
     gen_length=256, block_length=128, steps=256, cache={"prefix": {}}, unmask={"lavida_llada": {}}

@@ -142,7 +142,8 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     """Sizes of a checkpoint from its small files alone; the vocabulary is cut to the tokenizer."""
     config = checkpoint.config
     vocabulary = tokenizer_length(checkpoint) or int(config["vocab_size"])
-    return model_facts(checkpoint.source, decoder_fields(config), vocabulary, vision_settings(checkpoint))
+    vision, text_tower = vision_settings(checkpoint), checkpoint.has_text_tower
+    return model_facts(checkpoint.source, decoder_fields(config), vocabulary, vision, text_tower=text_tower)
 
 
 def visual_count(checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]]) -> int:

@@ -143,17 +143,21 @@ class Plain:
 
     def cells(self) -> Cells:
         """Description of the tokens; the grey margin of the square is taken away from the boxes."""
-        side = max(self.width, self.height)
-        edges = view_edges(self.geometry, self.geometry.side) / self.geometry.tile * side
-        left, top = (side - self.width) // 2, (side - self.height) // 2
-        box = boxes(((edges - left) / self.width).clamp(0, 1), ((edges - top) / self.height).clamp(0, 1))
-        box = box.flatten(0, 1).float()
+        box = self.boxes(view_edges(self.geometry, self.geometry.side))
         newline = torch.zeros(self.count, dtype=torch.bool)
         if self.closed:
             newline[-1] = True
             box = torch.cat([box, torch.full((1, 4), math.nan)])
         zeros = torch.zeros(self.count, dtype=torch.int16)
         return Cells(newline, box, zeros, zeros)
+
+    def boxes(self, edges: Tensor) -> Tensor:
+        """Edges in pixels of the view, the same across and down, to what lies between them: `(tokens, 4)`."""
+        side = max(self.width, self.height)
+        edges = edges / self.geometry.tile * side
+        left, top = (side - self.width) // 2, (side - self.height) // 2
+        box = boxes(((edges - left) / self.width).clamp(0, 1), ((edges - top) / self.height).clamp(0, 1))
+        return box.flatten(0, 1).float()
 
 
 @dataclass(frozen=True)

@@ -89,4 +89,5 @@ def published_facts() -> ModelFacts:
 def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     """Sizes of a checkpoint from its small files alone; the vocabulary is cut to the tokenizer."""
     vocabulary = tokenizer_length(checkpoint) or int(checkpoint.config["vocab_size"])
-    return model_facts(checkpoint.source, checkpoint.config, vocabulary, vision_settings(checkpoint))
+    vision, text_tower = vision_settings(checkpoint), checkpoint.has_text_tower
+    return model_facts(checkpoint.source, checkpoint.config, vocabulary, vision, text_tower=text_tower)

@@ -24,16 +24,18 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from probe.backbones import prompt as text
 from probe.backbones import tiled_config as small
 from probe.backbones.anyres import Geometry, Tiling
-from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds
+from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds, Views
 from probe.backbones.bidirectional import BidirectionalLlama, BidirectionalQwen2, bidirectional
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.layout import Clip, Layout, Plain, Tiled
 from probe.backbones.pixels import frame_views, padded_views, tiled_views
+from probe.backbones.pruned import join, prompt_of_survivors, views_of
 from probe.backbones.sequence import describe, lay_out, text_alone, with_pictures
 from probe.backbones.siglip import layer_modules, projector
+from probe.backbones.text_tower import TextTower
 from probe.backbones.tiled_loading import load_tiled
 from probe.backbones.tokens import Tokenizer
-from probe.cost import encoder_dims
+from probe.cost import EncoderDims, encoder_dims
 from probe.errors import ProbeError
 from probe.site import ModelFacts
 
@@ -42,6 +44,8 @@ TOWER = "model.vision_tower.vision_tower.vision_model."
 
 class TiledBackbone(Backbone):
     """A model of the family behind the adapter contract. Without an encoder it is the language model alone."""
+
+    checkpoint: Checkpoint | None = None
 
     def __init__(
         self,
@@ -178,6 +182,11 @@ class TiledBackbone(Backbone):
         """The encoder's layers in use; none without an encoder."""
         return self._encoder_layers
 
+    @property
+    def projector(self) -> nn.Module | None:
+        """The projector; none without an encoder."""
+        return None if self.vision_tower is None else self.mm_projector
+
     def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """`(cos, sin)`, each `(batch, length, head size)`, angles computed in float32."""
         cos, sin = self.model.rotary_emb(hidden, position)
@@ -207,14 +216,22 @@ class TiledBackbone(Backbone):
 
     def encode_images(self, images: Sequence[Image.Image]) -> Features:
         """One picture as a base view and tiles; several as one padded square each, as published."""
+        layouts = self._layouts(images)
+        if isinstance(layouts[0], Tiled):
+            return Features(self.encode_views(tiled_views(images[0], layouts[0].tiling)), layouts)
+        return Features(self.encode_views(padded_views(images, self._geometry().tile)), layouts)
+
+    def _layouts(self, images: Sequence[Image.Image]) -> tuple[Layout, ...]:
         geometry = self._geometry()
         if not images:
             raise ProbeError("no picture to encode; leave the features out for a question without pictures")
         if len(images) == 1 and geometry.pinpoints:
-            tiling = Tiling(geometry, *images[0].size)
-            return Features(self.encode_views(tiled_views(images[0], tiling)), (Tiled(tiling),))
-        squares = tuple(self.plain(*image.size) for image in images)
-        return Features(self.encode_views(padded_views(images, geometry.tile)), squares)
+            return (Tiled(Tiling(geometry, *images[0].size)),)
+        return tuple(self.plain(*image.size) for image in images)
+
+    def views(self, images: Sequence[Image.Image]) -> Views:
+        """A base view and tiles of one picture, or one padded square for each of several."""
+        return views_of(self._layouts(images))
 
     def encode_video(self, frames: Sequence[Image.Image]) -> Features:
         """Frames of one clip, pooled by two, separated as the config says; one place in the question."""
@@ -226,8 +243,33 @@ class TiledBackbone(Backbone):
 
     def encode_flops(self, features: Features) -> float:
         """Patch embedding, the kept layers and the projector, for every view."""
-        dims = encoder_dims(self._tower().config, self.facts.width)
-        return float(dims.encode(features.projected.shape[0]))
+        return float(self.encoder_cost.encode(features.projected.shape[0]))
+
+    @property
+    def encoder_cost(self) -> EncoderDims:
+        """Sizes of the kept layers of SigLIP and of the projector."""
+        return encoder_dims(self._tower().config, self.facts.width)
+
+    def embed_text(self, text: str) -> Tensor:
+        """`(d,)`: a text through SigLIP's text half, if the checkpoint's folder holds one; loaded when first used."""
+        return self._text_tower()(text)
+
+    def text_flops(self, text: str) -> int:
+        """Executed FLOPs of `embed_text`."""
+        return self._text_tower().flops(text)
+
+    def _text_tower(self) -> TextTower:
+        if self.checkpoint is None or not self.facts.text_tower:
+            raise ProbeError(f"{self.source} has no text tower")
+        tower = self.__dict__.get("_text")  # no submodule: its weights are none of the checkpoint's own
+        if tower is None:
+            kernel = self._tower().config._attn_implementation
+            tower = self.__dict__["_text"] = TextTower(self.checkpoint, self.device, self.dtype, kernel)
+        return cast(TextTower, tower)
+
+    def text_space(self, hidden: Tensor) -> Tensor:
+        """SigLIP's final norm on patch features; its image and text halves share their width."""
+        return cast(Tensor, self._tower().post_layernorm(hidden))
 
     # Prompts and answers
 
@@ -249,6 +291,8 @@ class TiledBackbone(Backbone):
     def with_pictures(self, ids: Sequence[int], features: Features) -> Prompt:
         """A sequence from ids in which `splice.IMAGE` stands for each picture."""
         layouts = cast(Sequence[Layout], features.layout)
+        if features.survivors is not None:
+            return prompt_of_survivors(ids, features.survivors, join(features), self.embed, self.max_length)
         tokens = lay_out(layouts, features.projected, self.image_newline)
         return with_pictures(ids, tokens, describe(layouts), self.embed, limit=self.max_length)
 

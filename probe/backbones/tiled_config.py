@@ -76,7 +76,14 @@ def count_visual(sizes: Sequence[tuple[int, int]], geometry: Geometry) -> int:
     return len(sizes) * geometry.patches**2
 
 
-def model_facts(name: str, config: Mapping[str, Any], vocabulary: int, vision: Mapping[str, Any] | None) -> ModelFacts:
+def model_facts(
+    name: str,
+    config: Mapping[str, Any],
+    vocabulary: int,
+    vision: Mapping[str, Any] | None,
+    *,
+    text_tower: bool = False,
+) -> ModelFacts:
     """Sizes from a config whose fields are named as transformers names them."""
     try:
         return ModelFacts(
@@ -86,6 +93,8 @@ def model_facts(name: str, config: Mapping[str, Any], vocabulary: int, vision: M
             width=int(config["hidden_size"]),
             vocabulary=vocabulary,
             encoder_layers=int(vision["num_hidden_layers"]) - 1 if vision else 0,
+            patches=(int(vision["image_size"]) // int(vision["patch_size"])) ** 2 if vision else 0,
+            text_tower=text_tower,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ProbeError(f"the config of {name} lacks a usable {error}") from error

@@ -75,6 +75,7 @@ def load_tiled(
         chosen = choose_dtype(dtype, stored, torch.device(device))
         take(model, weights, published, chosen, checkpoint.folder, rows={EMBEDDING: rows, HEAD: rows})
     model.defaults = cls.defaults_of(checkpoint)
+    model.checkpoint = checkpoint
     model.fill_buffers()
     return model
 

@@ -28,6 +28,10 @@ class Tokenizer:
         """The id of one token given as a string, or None."""
         return cast("int | None", self._fast.backend_tokenizer.token_to_id(token))
 
+    def strings(self, ids: Sequence[int]) -> list[str]:
+        """The tokens of ids as strings, special ones included."""
+        return list(self._fast.convert_ids_to_tokens(list(ids)))
+
     def encode(self, text: str) -> list[int]:
         """Ids with whatever the tokenizer adds by itself."""
         return list(self._fast(text).input_ids)
@@ -69,6 +73,20 @@ class Tokenizer:
     def token_of(self, number: int) -> str | None:
         """The token of an id as a string, or None."""
         return cast("str | None", self._fast.backend_tokenizer.id_to_token(number))
+
+    def converse(self, chat: Sequence[Mapping[str, Any]], template: str) -> list[int]:
+        """Ids of a chat under a processor's template, with an open assistant turn at its end.
+
+        As transformers' processors have it, the tokenizer adds its start token unless the template wrote one.
+        """
+        try:
+            prompt = self._fast.apply_chat_template(
+                list(chat), chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # what jinja raises, and what a template raises by itself
+            raise ProbeError(f"the chat template cannot render a question: {error}") from error
+        starts = self._fast.bos_token is not None and prompt.startswith(self._fast.bos_token)
+        return list(self._fast(prompt, add_special_tokens=not starts).input_ids)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

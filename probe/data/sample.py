@@ -1,4 +1,4 @@
-"""One question about one or more pictures."""
+"""One question about one or more pictures, or about a clip."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 class Sample:
     """What a run is given for one answer.
 
+    ``images`` are pictures in the order of their places in the prompt; ``frames``, instead, those of one clip.
     ``answers`` are the accepted references, best one counts; empty when none is known. ``metric`` is a name
     in ``probe.data.METRICS``, or empty when there is nothing to compare with. ``generate`` holds what the
     task suggests for ``gen_length``, ``steps`` and ``block_length`` (tokens, denoising steps, tokens); a
@@ -25,3 +26,9 @@ class Sample:
     metric: str = ""
     task: str = "own"
     generate: Mapping[str, int] = field(default_factory=dict)
+    frames: tuple[Image.Image, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """All that is to be seen: the images, or the frames of the clip."""
+        return self.images or self.frames

@@ -66,22 +66,32 @@ class Dream(Tempered):
 
     `alg_temp` draws the order from `softmax(score / alg_temp)` instead; `algorithm: origin` reveals every slot with the
     grid's chance. The score is read from the truncated, tempered distribution. LaViDa-Dream adds `step_ratio` (fewer
-    iterations on the same grid, the last takes all) and a `schedule` with its `shift`.
+    iterations on the same grid, the last takes all), a `schedule` with its `shift`, and `capped`: no more steps than
+    slots.
     """
 
     alg_temp: float | None = None
     schedule: schedule.Curve | None = None
     shift: float = 3.0
     step_ratio: float | None = None
+    capped: bool = False
+
+    def check(self, rule: Rule) -> None:
+        """At least one iteration, and no more than the time grid has."""
+        check_iterations(self.nominal_steps(rule), self.grid_steps(rule))
+
+    def grid_steps(self, rule: Rule) -> int:
+        """Steps of the time grid."""
+        return min(rule.steps, rule.gen_length) if self.capped else rule.steps
 
     def nominal_steps(self, rule: Rule) -> int:
         """Iterations."""
-        return rule.steps if self.step_ratio is None else int(rule.gen_length * self.step_ratio)
+        return self.grid_steps(rule) if self.step_ratio is None else int(rule.gen_length * self.step_ratio)
 
     def passes(self, state: State) -> Iterator[Ask]:
         """Every iteration, whatever is left."""
         rule = state.rule
-        iterations, time = self.nominal_steps(rule), schedule.grid(rule.steps, self.eps)
+        iterations, time = self.nominal_steps(rule), schedule.grid(self.grid_steps(rule), self.eps)
         table = None
         if self.schedule is not None:
             table = schedule.lavida(int(state.masked[0].sum()), iterations, self.schedule, self.shift)
@@ -110,6 +120,12 @@ class Dream(Tempered):
             noise = [-torch.log(-torch.log(d.uniform(score.shape[1]))) for d in state.draw]
             score = score / self.alg_temp + torch.stack(noise).to(score.device)
         return super().choose(state, ask, score, eligible)
+
+
+def check_iterations(iterations: int, most: int) -> None:
+    """Raise `ProbeError` where a `step_ratio` asks for no step, or for more than there are."""
+    if not 0 < iterations <= most:
+        raise ProbeError(f"step_ratio asks for {iterations} steps; there must be 1..{most}")
 
 
 def revealed(shown: Tensor, eligible: np.ndarray) -> np.ndarray:

@@ -35,6 +35,8 @@ class LavidaLlada(Blockwise):
         check_blocks(rule)
         if self.step_ratio is not None and self.step_per_block is not None:
             raise ProbeError("lavida_llada takes step_ratio or step_per_block, not both")
+        if self.steps_per_block(rule) < 1:
+            raise ProbeError(f"lavida_llada: a block of {rule.block_length} slots is asked to take no step")
 
     def steps_per_block(self, rule: Rule) -> int:
         """Passes that a block of masks asks for."""

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from probe.operations.options import Lasts, OnCache, Protect
+from probe.operations.options import QUIET, Lasts, OnCache, Protect
 from probe.registry import operations
-from probe.site import Fate, Plan, Reweight
+from probe.site import Fate, Plan, Reweight, Site
 
 Segment = Literal["system", "visual", "newline", "question", "answer", "masked", "filled"]
 """A role of positions, or the answer slots that are still masked, or filled."""
@@ -17,7 +17,7 @@ Segment = Literal["system", "visual", "newline", "question", "answer", "masked",
 Segments = tuple[Segment, ...]
 
 
-@operations.register
+@operations.register(quiet=QUIET)
 def mask(
     kept: Tensor, *, lasts: Lasts = "forward", on_cache: OnCache = "refresh", protect: Protect = ()
 ) -> Plan:
@@ -25,7 +25,7 @@ def mask(
     return Plan(kept.sort().values, Fate.MASKED)
 
 
-@operations.register(default_select="none")
+@operations.register(default_select="none", sites=(Site.LAYER_INPUT,), quiet=QUIET)
 def skip_layers(kept: Tensor, *, as_keys: bool = False, protect: Protect = ()) -> Plan:
     """Carry the other tokens around the layers at whose input the probe stands, and have them back behind.
 
@@ -37,7 +37,7 @@ def skip_layers(kept: Tensor, *, as_keys: bool = False, protect: Protect = ()) -
     return Plan(kept.sort().values, Fate.SKIPPED)
 
 
-@operations.register(default_select="all", changes="attention")
+@operations.register(default_select="all", changes="attention", sites=(Site.LAYER_ATTENTION,))
 def reweight_attention(
     *,
     from_: Annotated[Segments, Field(alias="from", min_length=1)],

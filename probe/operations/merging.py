@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from probe.operations.options import AnswerPositions, Lasts, OnCache, Ordering, Protect, reading
+from probe.operations.options import QUIET, AnswerPositions, Lasts, OnCache, Ordering, Protect, reading
 from probe.operations.plans import dropped, places, standing, sums
 from probe.registry import operations
 from probe.scores import Scorer
@@ -46,7 +46,7 @@ def _flops(given: Mapping[str, Any]) -> int:
     return int(2 * (n - k) * targets * compared) + extra
 
 
-@operations.register(reads=_reads, flops=_flops)
+@operations.register(reads=_reads, flops=_flops, quiet=QUIET)
 def merge(
     kept: Tensor,
     into: Tensor | None,
@@ -89,14 +89,14 @@ def merge(
     k = stand.shape[0]
     vectors = hidden.float() if by is None else by().float()
     x, place = hidden.float(), places(stand, n)
-    if mode == "add_weighted" and neighbours is not None and k > 0:
+    if mode == "add_weighted" and neighbours is not None:
         joined, values = _neighbours(x, vectors, _weights(score), stand, place, neighbours)
     else:
         targets = stand if assign == "kept" else _last(kept, part, parts) if assign == "targets" else None
         joined = _joined(place, into, targets, vectors)
         values = _pooled(x, joined, place, size, score, mode, k)
     gone = dropped(stand, n)
-    if append != "none":
+    if append != "none" and gone.numel() > 0:
         values = torch.cat([values, _extra(x[gone], append, None if score is None else score[gone])[None]])
         joined = torch.where(joined < 0, k, joined)
     sizes = sums(size.float(), joined, values.shape[0])
@@ -158,6 +158,8 @@ def _neighbours(
     """Kept tokens plus the weighted sum of their most similar other ones. A token may help several; it counts as merged
     into the most similar of those that it helps.
     """
+    if stand.numel() == 0:
+        return place, x[stand]
     unit = normalize(vectors, dim=-1)
     likeness = unit[stand] @ unit.T
     likeness = likeness.scatter(1, stand[:, None], -torch.inf)  # nobody is a neighbour of itself
@@ -184,7 +186,7 @@ def _append_flops(given: Mapping[str, Any]) -> int:
     return 2 * (n - given["kept"].shape[0]) * width if given["what"] == "weighted" else 0
 
 
-@operations.register(reads=_append_reads, flops=_append_flops)
+@operations.register(reads=_append_reads, flops=_append_flops, quiet=QUIET)
 def append(
     kept: Tensor,
     part: Tensor | None,

@@ -11,6 +11,9 @@ AnswerPositions = Literal["original", "shrunk"]
 OnCache = Literal["refresh", "columns"]
 Protect = tuple[Literal["newline", "cls"], ...]
 
+QUIET = ("answer_positions", "on_cache", "protect", "carry_size", "scale", "append", "neighbours")
+"""Options that go without saying where they are at their default."""
+
 
 def reading(*names: str) -> Callable[[Mapping[str, Any]], Collection[str]]:
     """What an operation reads: these names, and the parts of a combination where the tokens shall stand by them."""

@@ -38,8 +38,8 @@ def sums(values: Tensor, into: Tensor, k: int) -> Tensor:
 
 def unmerge(values: Tensor, into: Tensor) -> Tensor:
     """Give every original token `(n,)` the value of what it was merged into: `(n, ...)`; zeros where it is gone."""
-    gone = into < 0
-    return values[into.clamp_min(0)].masked_fill(gone.reshape(-1, *[1] * (values.dim() - 1)), 0)
+    with_nothing = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
+    return with_nothing[torch.where(into < 0, values.shape[0], into)]
 
 
 def sources(into: Tensor, k: int) -> Tensor:

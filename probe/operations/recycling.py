@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from probe.operations.options import AnswerPositions, Lasts, OnCache, Ordering, Protect, reading
+from probe.operations.options import QUIET, AnswerPositions, Lasts, OnCache, Ordering, Protect, reading
 from probe.operations.plans import dropped, places, standing, sums
 from probe.registry import operations
 from probe.selections.ranking import ranked
@@ -57,7 +57,7 @@ def clusters(x: Tensor, count: int, noise: Tensor) -> Clusters:
     return Clusters(density, peak, centers, assignment, merged)
 
 
-@operations.register(reads=reading("kept", "hidden", "size", "score", "noise"))
+@operations.register(reads=reading("kept", "hidden", "size", "score", "noise"), quiet=QUIET)
 def recycle(
     kept: Tensor,
     part: Tensor | None,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from probe.operations.options import AnswerPositions, Lasts, OnCache, Ordering, Protect, reading
+from probe.operations.options import QUIET, AnswerPositions, Lasts, OnCache, Ordering, Protect, reading
 from probe.operations.plans import standing
 from probe.registry import operations
 from probe.site import Fate, Plan
 from probe.surgery import Positions
 
 
-@operations.register(reads=reading("kept"))
+@operations.register(reads=reading("kept"), quiet=QUIET)
 def drop(
     kept: Tensor,
     part: Tensor | None,
@@ -27,7 +27,7 @@ def drop(
     return Plan(standing(kept, order, part), Fate.DROPPED)
 
 
-@operations.register(default_select="none")
+@operations.register(default_select="none", quiet=QUIET)
 def withdraw(
     kept: Tensor,
     *,

@@ -46,7 +46,7 @@ def _reads(params: Mapping[str, Any]) -> Collection[str]:
     return names
 
 
-@scores.register(reads=_reads)
+@scores.register(reads=_reads, quiet=("layers", "reduce", "correct", "projected"))
 def attention(
     received: Tensor,
     n_queries: int | None = None,
@@ -54,6 +54,7 @@ def attention(
     *,
     queries: QuerySet = "last",
     layer: int = 0,
+    layers: Literal["one", "so_far"] = "one",
     heads: Heads = "mean",
     reduce: Literal["mean", "sum"] = "mean",
     form: Form = "softmax",
@@ -68,10 +69,11 @@ def attention(
     form: head_mean_logits`.
 
     `received (head, n)`: `layer` is relative to the probe's own: 0 is its own attention (known from
-    `layer.after_attention` on), -1 the layer before. Rows are reduced as they come, so `queries: all` forms no square
-    map. `projected: true` (PyramidDrop, Xing et al., CVPR 2025) reads a layer that has not run yet at its input: its
-    norm and projections are applied to the rows asked for. `correct: rotary` divides by what position alone would
-    give (`rotary_received`); that the ratio is taken after averaging is our reading, SparseVLM+'s is not established.
+    `layer.after_attention` on), -1 the layer before; `layers: so_far` averages over that layer and all before it
+    (RedVTP, 2025: at the last layer). Rows are reduced as they come, so `queries: all` forms no square map. `projected:
+    true` (PyramidDrop, Xing et al., CVPR 2025) reads a layer that has not run yet at its input: its norm and
+    projections are applied to the rows asked for. `correct: rotary` divides by what position alone would give
+    (`rotary_received`); that the ratio is taken after averaging is our reading, SparseVLM+'s is not established.
     """
     if isinstance(heads, TopHeads):
         received = received[heads_with_most(received, heads.top)]

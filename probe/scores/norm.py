@@ -10,7 +10,7 @@ from probe.registry import scores
 from probe.scores.similarity import vectors
 
 
-@scores.register(reads=lambda params: {params.get("space", "hidden")})
+@scores.register(reads=lambda params: {params.get("space", "hidden")}, quiet=("space", "layer"))
 def norm(
     hidden: Tensor | None,
     keys: Tensor | None = None,

@@ -48,7 +48,7 @@ def _pairs_flops(given: Mapping[str, Any]) -> int:
     return int(2 * given["n"] ** 2 * width)
 
 
-@scores.register(kind=_kind, reads=_reads, flops=_pairs_flops)
+@scores.register(kind=_kind, reads=_reads, flops=_pairs_flops, quiet=("heads", "layer"))
 def similarity(
     hidden: Tensor | None,
     embedding: Tensor | None = None,
@@ -86,7 +86,7 @@ def similarity(
     return sign * (((pairs - mean[:, None]) ** 2) * others).sum(1) / count
 
 
-@scores.register(kind="features", reads=lambda params: {_space(params)})
+@scores.register(kind="features", reads=lambda params: {_space(params)}, quiet=("heads", "layer"))
 def features(
     hidden: Tensor | None,
     embedding: Tensor | None = None,

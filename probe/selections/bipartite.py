@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from probe.errors import ProbeError
 from probe.registry import selections
 from probe.selections.counts import Keep, OptionalKeep, Rounding
 from probe.selections.ranking import ranked
@@ -21,7 +20,7 @@ def _flops(given: Mapping[str, Any]) -> int:
     return int(2 * ((n + 1) // 2) * (n // 2) * width)
 
 
-@selections.register(flops=_flops, gives=("into",))
+@selections.register(flops=_flops, gives=("into",), one_of=("r", "keep"), quiet=("r", "keep", "round", "rounds"))
 def bipartite(
     features: Tensor,
     count: int | None,
@@ -44,8 +43,6 @@ def bipartite(
     most `(n - 1) // 2` in a round (FOLDER, Wang et al., 2025, arXiv 2501.02430). Returns `kept` and `into`.
     """
     n = features.shape[0]
-    if (r is None) == (keep is None):
-        raise ProbeError("`bipartite` needs either `r` (how many are merged) or `keep` (how many remain)")
     left = n - (count or 0) if r is None else r
     if rounds == "one":
         return _matched(features.float(), protected, left)

@@ -19,7 +19,7 @@ def _reads(params: Mapping[str, Any]) -> Collection[str]:
     return names | {"score"} if params.get("start") == "top_score" else names
 
 
-@selections.register(reads=_reads)
+@selections.register(reads=_reads, quiet=("first", "objective"))
 def greedy_diverse(
     similarity: Tensor,
     count: int,

@@ -86,7 +86,7 @@ def _reads(params: Mapping[str, Any]) -> Collection[str]:
     return names | {"score"} if isinstance(params.get("step"), ByOutliers) else names
 
 
-@selections.register(reads=_reads)
+@selections.register(reads=_reads, one_of=("keep", "step"), quiet=("keep", "round", "step", "over", "leave_last"))
 def stride(
     n: int,
     count: int | None,
@@ -109,8 +109,6 @@ def stride(
     1.5, divisor: 3}`, which is `int(int(1 / share of outliers of the score) / 3)` (PruMerge+, Shang et al., 2024, arXiv
     2403.15388); `leave_last` stops one before the end, as its fixed range 575 of 576 does.
     """
-    if (keep is None) == (step is None):
-        raise ProbeError("`stride` needs either `keep` or `step`")
     length = alive if over == "all" else n
     wide = _width(step, score) if step is not None else max(1, length // max(_total(count, budget, over), 1))
     samples = torch.arange(0, length - leave_last, wide)

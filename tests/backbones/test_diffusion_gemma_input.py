@@ -111,7 +111,8 @@ def test_buffers_are_the_native_ones(model, folder):
 def test_defaults_come_from_the_checkpoint(model, copy):
     given = model.defaults
     assert (given.gen_length, given.block_length, given.steps) == (5, 5, 6)
-    assert given.stop == ("<eos>", "<turn|>", "<|tool_response>") and given.cache == "prefix"
+    assert given.stop == ("<eos>", "<turn|>", "<|tool_response>")
+    assert given.cache == {"blocks": {}}
     assert dict(given.unmask["renoise"]) == names.SAMPLING
     edit(copy, "generation_config.json", lambda g: g.update(max_new_tokens=11, t_max=0.9))
     changed = load(copy).defaults

@@ -19,7 +19,14 @@ from probe.backbones.prompt import SYSTEM
 from probe.backbones.siglip import siglip_config
 from probe.backbones.splice import IMAGE
 from probe.backbones.tiled_config import SIGLIP_SO400M
+from probe.compile import compile_recipe
+from probe.decoding.caching import PrefixLM
+from probe.decoding.dream import Dream
+from probe.decoding.lavida import LavidaLlada
 from probe.errors import ProbeError
+from probe.generate import generate
+from probe.generation import rule_for
+from probe.recipe import load_recipe
 from probe.site import ModelFacts, Role
 
 KINDS = ("dream", "llada")
@@ -113,7 +120,7 @@ def test_a_wrong_tensor_is_named(make, kind):
     for change, message in (
         (without, rf"1 missing: {DOWN[kind]} \[32, 48\]"),
         (reshaped, rf"1 of another shape: {DOWN[kind]} \[32, 47\] instead of \[32, 48\]"),
-        (larger, rf"1 of another shape: {HEAD[kind]} \[301, 32\]"),
+        (larger, rf"1 of another shape: {HEAD[kind]} \[{ROWS + 1}, 32\]"),
         (extra, r"1 unexpected: model.mm_projector.4.weight \[2\]"),
     ):
         folder = make()
@@ -142,7 +149,7 @@ def test_special_ids(make, kind):
     assert model.special == SpecialIds(7, 8, 8, ())
     with pytest.raises(ProbeError, match="has no tokenizer"):
         model.encode([], "Who?")
-    with pytest.raises(ProbeError, match="outside of the 300 rows"):
+    with pytest.raises(ProbeError, match=rf"outside of the {ROWS} rows"):
         load(make(tokenizer=False))
     with pytest.raises(ProbeError, match="outside of the 262|263 rows"):
         load(make(mask_token_id=299))
@@ -326,6 +333,48 @@ def test_a_padded_batch_equals_its_samples(folder, attention):
     for row, prompt in zip(together, prompts, strict=True):
         alone = model.lm(inputs_embeds=prompt[None]).last_hidden_state[0]
         torch.testing.assert_close(row[: len(prompt)], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def asked(folders):
+    """Each kind's model, and two samples of different lengths with their pictures."""
+
+    def prompts(kind):
+        model = load(folders[kind])
+        noise = torch.rand(90, 60, 3, generator=torch.Generator().manual_seed(1)).mul(255).byte()
+        samples = ((Image.fromarray(noise.numpy()), "What is it?"), (Image.new("RGB", (70, 50), "red"), "Which one?"))
+        return model, [model.encode([image], question) for image, question in samples]
+
+    return {kind: prompts(kind) for kind in KINDS}
+
+
+def answers(model, prompts, recipe, numbers=(0, 1)):
+    rule, table = rule_for(model, recipe, {}, pictures=True), compile_recipe(recipe, model.facts)
+    found = [generate(model, [prompts[i]], rule, table, samples=[i])[0].ids for i in numbers]
+    assert [g.ids for g in generate(model, [prompts[i] for i in numbers], rule, table, samples=numbers)] == found
+    return found
+
+
+@pytest.mark.parametrize("cache", ["prefix", "none"])
+def test_recipes_run_on_the_published_decoder(asked, kind, cache):
+    """In a batch as one by one, over the prompt's cache and without; keeping everything is no recipe at all."""
+    model, prompts = asked[kind]
+    sets = ["generate.gen_length=8", f"generate.cache={cache}"]
+    bare = answers(model, prompts, load_recipe("random", [*sets, "keep=1.0"]).without_interventions())
+    assert answers(model, prompts, load_recipe("random", [*sets, "keep=1.0"])) == bare
+    assert answers(model, prompts, load_recipe("random", [*sets, "keep=1"])) != bare
+    assert len(set(bare[0])) > 1
+
+
+def test_decoding_as_evaluated_is_the_default(asked, kind):
+    model, _ = asked[kind]
+    rule = rule_for(model, load_recipe("random", ["generate.gen_length=8"]), {}, pictures=True)
+    dream = Dream(alg="topk_margin", top_k=50, capped=True)
+    assert rule.caching == PrefixLM()
+    assert rule.unmasking == (dream if kind == "dream" else LavidaLlada())
+    assert (rule.block_length, rule.steps, rule.nominal_steps) == (8, 8, 8)
+    whole = rule_for(model, load_recipe("random"), {}, pictures=True)
+    assert (whole.gen_length, whole.block_length, whole.nominal_steps) == (256, 256 if kind == "dream" else 128, 256)
 
 
 def test_modules_for_hooks(folder):

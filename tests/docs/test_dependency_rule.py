@@ -24,14 +24,14 @@ def module(path: Path) -> str:
 MODULES = {module(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
-def imports(name: str) -> set[tuple[str, str]]:
-    """`(module, name)` of everything that a module imports, wherever in it; a whole module has the name `*`."""
+def imports(tree: ast.Module) -> set[tuple[str, str]]:
+    """`(module, name)` of everything that is imported, wherever; a whole module has the name `*`."""
     found: set[tuple[str, str]] = set()
-    for node in ast.walk(MODULES[name]):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {(alias.name, "*") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} imports relatively"
+            assert node.level == 0, f"a relative import in line {node.lineno}"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}".removeprefix("probe.")
                 if str(node.module).split(".")[0] == "probe" and whole in MODULES:
@@ -41,19 +41,28 @@ def imports(name: str) -> set[tuple[str, str]]:
     return found
 
 
+def ours_in(tree: ast.Module) -> set[str]:
+    """Modules of this package that a tree imports, without the leading `probe.`."""
+    return {m.removeprefix("probe.") for m, _ in imports(tree) if m.split(".")[0] == "probe"}
+
+
 def ours(name: str) -> set[str]:
-    """Modules of this package that a module imports, without the leading `probe.`."""
-    return {m.removeprefix("probe.") for m, _ in imports(name) if m.split(".")[0] == "probe"}
+    """Modules of this package that a module imports."""
+    return ours_in(MODULES[name])
 
 
 def taken(name: str, source: str) -> set[str]:
     """Names that a module takes from another one of ours."""
-    return {what for m, what in imports(name) if m == f"probe.{source}"}
+    return {what for m, what in imports(MODULES[name]) if m == f"probe.{source}"}
+
+
+COMMAND_LINE = {name for name in MODULES if name == "cli" or name.startswith("cli_")}
+"""The files of the command line."""
 
 
 def users(library: str) -> set[str]:
     """Modules that import a library."""
-    return {name for name in MODULES if any(m.split(".")[0] == library for m, _ in imports(name))}
+    return {name for name in MODULES if any(m.split(".")[0] == library for m, _ in imports(MODULES[name]))}
 
 
 EXACTLY: dict[str, set[str]] = {
@@ -70,7 +79,8 @@ EXACTLY: dict[str, set[str]] = {
     "signals": {"attend", "registry", "site"},
     "loop": {"canvas", "decoding", "errors", "site"},
     "canvas": {"backbones.base", "site", "surgery"},
-    "backbones.base": {"backbones.rows", "cost", "site"},
+    "signals.encoder": {"attend", "registry", "site"},
+    "backbones.base": {"backbones.rows", "cost", "errors", "site"},
     "backbones.rows": set(),
     "decoding.schedule": {"errors"},
     "decoding.renoise": set(),
@@ -117,6 +127,12 @@ def test_backbones_know_no_probe_no_loop_no_trace() -> None:
         assert taken(name, "attend") <= {"KERNELS", "kernel_name"}, name
 
 
+def test_only_its_state_changes_the_length_of_a_view() -> None:
+    """Views of the encoder are sequences of their own: `encoder_state` shortens them, `encoder_pass` says when."""
+    assert {n for n in MODULES if "shorten" in taken(n, "encoder_state")} == {"encoder_pass"}
+    assert ours("encoder_state") <= {"backbones.base", "errors", "site"}
+
+
 def test_only_the_engine_knows_both_the_loop_and_the_model() -> None:
     both = {n for n in MODULES if "loop" in ours(n) and any(m.split(".")[0] == "backbones" for m in ours(n))}
     assert both <= {"tracer", "pass_state", "pass_source", "looking", "generate", "runner"}
@@ -134,7 +150,8 @@ def test_each_library_has_its_place() -> None:
     assert users("xarray") == {"trace_reader"}
     assert users("nnsight") == {"probe_code"}
     assert users("yaml") == {"recipe_yaml"}
-    assert users("typer") == {"cli"}
+    assert users("typer") == COMMAND_LINE
+    assert users("av") == {"data.video"}
     assert all(n == "attend" or n.startswith(("backbones.", "zoo.")) for n in users("transformers"))
 
 
@@ -189,15 +206,15 @@ def test_only_surgery_changes_the_length_of_a_sequence() -> None:
     assert {n for n in MODULES if taken(n, "surgery") & knives} == {"canvas", "pass_state", "store"}
 
 
-def test_only_the_tracer_puts_hooks_on_modules() -> None:
+def test_only_tracer_and_encoder_put_hooks_on_modules() -> None:
     hooking = {n for n in MODULES for _, c in calls(n) if "register_forward" in getattr(c.func, "attr", "")}
-    assert hooking == {"tracer"}
+    assert hooking == {"tracer", "encoder"}
 
 
 def test_the_command_line_computes_nothing_and_imports_nothing_heavy_at_its_top() -> None:
-    top = {a.name for n in MODULES["cli"].body if isinstance(n, ast.Import) for a in n.names}
-    top |= {str(n.module) for n in MODULES["cli"].body if isinstance(n, ast.ImportFrom)}
-    assert {m for m in top if m.split(".")[0] == "probe"} == {"probe.errors"}
+    for name in COMMAND_LINE:
+        at_top = ast.Module([n for n in MODULES[name].body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+        assert ours_in(at_top) <= {"errors", *COMMAND_LINE}, name
 
 
 def test_help_and_a_bare_import_load_no_heavy_library() -> None:

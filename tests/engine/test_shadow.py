@@ -78,7 +78,6 @@ def test_the_shadow_sees_all_but_its_own_slot_and_nobody_sees_it(tiny: LladaV, p
         torch.testing.assert_close(
             result.logits[:, :4], tiny.head(plain.last_hidden_state[:, slots]), atol=2e-4, rtol=1e-4
         )
-    assert any(step.remasked is not None and step.remasked.any() for step in [s for s in decode(tiny, [prompt]).steps[:-1]])
     assert p + 8 == n
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,21 @@ from torch import Tensor
 from probe.attend import RowRequest, ask, forget
 from probe.backbones import load
 from probe.backbones.anyres import Tiling
-from probe.backbones.base import Features
+from probe.backbones.base import Features, Prompt
 from probe.backbones.lavida import Lavida
 from probe.backbones.layout import Tiled, pool
 from probe.backbones.pixels import tiled_views
-from probe.site import Role
+from probe.canvas import make_canvas
+from probe.compile import ProbeTable
+from probe.decoding.caching import PrefixLM
+from probe.decoding.draw import Draw
+from probe.loop import Finished, Rule, Step, denoise
+from probe.site import Phase, Role
+from probe.tracer import Tracer
 
 TOLERANCE = {"logits": 2e-4, "hidden": 2e-4, "attention": 1e-5, "vision": 1e-4, "embeds": 1e-4, "keys": 2e-5}
 KERNELS = ("sdpa", "eager")
+LOGITS = ("shifted_logits_answer", "logits_answer")
 
 
 @cache
@@ -260,3 +268,70 @@ def check_weights(root: Path) -> None:
     own = {model.published_name(name, config): value for name, value in model.state_dict().items()}
     assert own.keys() == stored.keys()
     assert all(own[key].equal(value) for key, value in stored.items())
+
+
+@torch.inference_mode()
+def decode(model: Lavida, prompt: Prompt, rule: Rule, seed: int | None) -> tuple[list[Step], Finished]:
+    """Every pass of one generation; noise comes from one generator, as it did from the original's."""
+    canvas = make_canvas([prompt], model.embed(torch.tensor(rule.mask_id)), rule.gen_length)
+    generator = torch.Generator()
+    generator.manual_seed(seed or 0)
+    tracer = Tracer(model, ProbeTable(()), canvas, seeds=[0])
+    *steps, finished = denoise(canvas, tracer, rule, model.embed, [Draw(generator)])
+    assert isinstance(finished, Finished)
+    return steps, finished  # type: ignore[return-value]
+
+
+def text_prompt(root: Path) -> Prompt:
+    return model_of(root).without_pictures(read_json(root / "generate_text.json")["prompt_ids"][0], 0)
+
+
+def picture_prompt(root: Path, name: str) -> Prompt:
+    ids = tensors(root / "vision.safetensors")[f"{name}.input_ids"][0].tolist()
+    return model_of(root).with_pictures(ids, encoded(root, name)[1])
+
+
+def generations(root: Path) -> Iterator[tuple[str, Any]]:
+    """Every sampler case, on text and on pictures: the prompt's picture (or none), and the case."""
+    for case in read_json(root / "generate_text.json")["cases"]:
+        yield case["name"], (root, None, case)
+    for told in images(root):
+        for case in told["cases"]:
+            yield f"{told['name']}-{case['name']}", (root, told["name"], case)
+
+
+def answers(want: dict[str, Any], length: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """The answer's tokens before the first step and after every one; the original may show the prompt before them."""
+    initial = want.get("initial_answer_tokens", want.get("initial_tokens"))
+    history = want.get("history_answer_tokens", want.get("history"))
+    assert initial is not None and history is not None
+    return [row[-length:] for row in initial], [[row[-length:] for row in rows] for rows in history]
+
+
+def check_generation(root: Path, picture: str | None, case: dict[str, Any], rule: Rule) -> None:
+    """Every step: what was masked before it, what it committed, the logits it decided from; and the answer."""
+    want = case.get("expected", case)
+    model = model_of(root)
+    prompt = text_prompt(root) if picture is None else picture_prompt(root, picture)
+    steps, finished = decode(model, prompt, rule, case.get("torch_seed"))
+    before, history = answers(want, rule.gen_length)
+    assert (steps[0].clock.phase is Phase.PREFILL) == isinstance(rule.caching, PrefixLM)
+    if isinstance(rule.caching, PrefixLM):
+        prefill = steps.pop(0)
+        assert prefill.tokens.tolist() == before
+        assert int(prefill.committed.sum()) == model.shift
+    assert len(steps) == len(history) == want.get("nfe_steps", len(history))
+    if "tokens_committed_per_step" in want:
+        changed = [[old != new for old, new in zip(a[0], b[0], strict=True)] for a, b in pairwise([before, *history])]
+        assert [sum(step) for step in changed] == want["tokens_committed_per_step"]
+    stored = None
+    if picture is None:
+        logits = tensors(root / "generate_text_logits.safetensors")
+        stored = next((logits[f"{case['name']}.{k}"] for k in LOGITS if f"{case['name']}.{k}" in logits), None)
+    for i, (step, tokens) in enumerate(zip(steps, history, strict=True)):
+        assert step.masked_before == [[s for s, t in enumerate(before[0]) if t == rule.mask_id]]
+        assert step.tokens.tolist() == tokens
+        if stored is not None:
+            torch.testing.assert_close(step.logits, stored[i][:, step.slots], atol=TOLERANCE["logits"], rtol=1e-5)
+        before = tokens
+    assert finished.output == before == answers(want, rule.gen_length)[1][-1]

@@ -1,0 +1,105 @@
+"""Ways to generate under examination: the backbone's own decoder, with and without its cache, one sample or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from probe.backbones.base import Prompt
+from probe.compile import compile_recipe
+from probe.decoding.rule import Rule
+from probe.doctor.patient import SLOTS, Patient, expect
+from probe.generate import Generated, generate
+from probe.generation import rule_for
+from probe.recipe import Recipe, parse_recipe
+
+STEPS = 4
+NOTHING = "- {name: sure, at: {site: logits}, record: [confidence]}\n"
+RECORD = """
+- {name: attention, at: {site: layer.attention, layers: all}, record: [attention_mass, visual_importance]}
+- {name: logits, at: {site: logits}, record: [entropy, margin]}
+"""
+EDITS = {
+    "layer": """
+- name: edit
+  at: {site: layer.input, layer: 1}
+  score: {attention: {layer: -1, queries: last}}
+  select: {top_k: {keep: 0.5}}
+  do: {drop: {lasts: forward}}
+""",
+    "canvas": """
+- name: edit
+  at: {site: before_lm}
+  score: random
+  select: {top_k: {keep: 0.5}}
+  do: {drop: {lasts: generation}}
+""",
+}
+"""An intervention inside the decoder, and one before it."""
+WITHDRAW = "- {name: edit, at: {site: layer.output, layer: -1}, do: withdraw}\n"
+
+
+def recipe_of(patient: Patient, probes: str, cache: str) -> Recipe:
+    """Probes under the backbone's own decoder, and its cache or none."""
+    causal = patient.backbone.causal
+    steps = SLOTS if causal else STEPS
+    generate = f"{{gen_length: {SLOTS}, block_length: {SLOTS}, steps: {steps}, stop: [], cache: {cache}}}"
+    return parse_recipe(f"schema: 1\nname: doctor\ngenerate: {generate}\nprobes:\n{probes}")
+
+
+def rule_of(patient: Patient, recipe: Recipe) -> Rule:
+    """The rule of a recipe on this backbone."""
+    return rule_for(patient.backbone, recipe, {}, pictures=True)
+
+
+def run(patient: Patient, prompts: Sequence[Prompt], probes: str = NOTHING, cache: str = "none") -> list[Generated]:
+    """Generate answers under some probes."""
+    recipe = recipe_of(patient, probes, cache)
+    table = compile_recipe(recipe, patient.backbone.facts)
+    return generate(patient.backbone, prompts, rule_of(patient, recipe), table)
+
+
+def own_cache(patient: Patient) -> str:
+    """The name of the backbone's own cache, `none` if it has none."""
+    return next(iter(patient.backbone.defaults.cache))
+
+
+def ways(patient: Patient) -> Iterator[tuple[str, list[Prompt], str]]:
+    """Every cache (none, the backbone's own) with one sample and with all of them, and what that is called."""
+    for cache in dict.fromkeys(("none", own_cache(patient))):
+        for count in (1, len(patient.prompts)) if patient.backbone.batches else (1,):
+            yield cache, patient.prompts[:count], f"cache {cache}, batch {count}"
+
+
+def seen_ways(patient: Patient) -> str:
+    """The ways in words."""
+    return "; ".join(words for _, _, words in ways(patient))
+
+
+def same(a: Generated, b: Generated, where: str, names: Sequence[str] = ("token", "confidence")) -> None:
+    """Raise `Unwell` unless two answers are the same bit for bit."""
+    expect(a.ids == b.ids, f"{where}: the answers are {a.ids} and {b.ids}")
+    for name in names:
+        equal = np.array_equal(a.arrays[name], b.arrays[name], equal_nan=a.arrays[name].dtype.kind == "f")
+        expect(equal, f"{where}: `{name}` is not the same bit for bit")
+
+
+def alike(patient: Patient, a: Generated, b: Generated, where: str, names: Sequence[str] = ("confidence",)) -> float:
+    """Raise `Unwell` unless two answers are the same up to rounding; returns the largest difference.
+
+    Where the type is coarse, tokens may fall otherwise, so only the first step is compared.
+    """
+    if patient.precise:
+        expect(a.ids == b.ids, f"{where}: the answers are {a.ids} and {b.ids}")
+    gap = 0.0
+    for name in names:
+        x, y = (v.arrays[name] if patient.precise else v.arrays[name][:1] for v in (a, b))
+        expect(x.shape == y.shape, f"{where}: `{name}` has the shapes {x.shape} and {y.shape}")
+        expect(bool((np.isnan(x) == np.isnan(y)).all()), f"{where}: `{name}` is not known at the same places")
+        differ = float(np.nanmax(np.abs(x - y), initial=0.0))
+        expect(
+            differ <= patient.tolerance, f"{where}: `{name}` differs by {differ:.1e}; {patient.tolerance:.0e} may be"
+        )
+        gap = max(gap, differ)
+    return gap
