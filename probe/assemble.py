@@ -136,6 +136,11 @@ ALWAYS: tuple[Variable, ...] = (
         "max over the sample of bytes allocated", dtype="float64",
     ),
     Variable(
+        "unreached", (), "1",
+        "interventions whose steps the decoding did not reach (it ended early, or they lie behind its last step)",
+        "number of interventions with no step among those that ran", dtype="int32",
+    ),
+    Variable(
         "prompt_length", (), "1",
         "positions before the answer",
         "positions of system, visual span and question", dtype="int32",
@@ -239,7 +244,8 @@ StepLogits = dict[int, tuple[list[int], Tensor]]
 class Gatherer:
     """Collects one batch's steps, then hands out each sample's arrays.
 
-    `reference` holds the unpruned run's logits, for signals that compare with it; `collected`, if given, is filled with
+    `reference` holds the unpruned run's logits and `uncached` those of the run without a cache, for signals that
+    compare with them; `collected`, if given, is filled with
     this run's own.
     """
 
@@ -250,9 +256,10 @@ class Gatherer:
         gen_length: int,
         *,
         reference: StepLogits | None = None,
+        uncached: StepLogits | None = None,
         collected: StepLogits | None = None,
     ) -> None:
-        self._reference = reference or {}
+        self._others = {"reference": reference or {}, "uncached": uncached or {}}
         self._collected = collected
         self.layers = layers
         self.gen_length = gen_length
@@ -298,12 +305,13 @@ class Gatherer:
     def _signal(self, call: Call, step: Step) -> Tensor | None:
         """`(batch, row)` of one signal; NaN in rows that a comparison has no counterpart for."""
         entry, params = call.entry, call.params(step.clock)
-        if "reference" not in entry.needs:
+        compared = next((n for n in entry.needs if n in self._others), None)
+        if compared is None:
             given = {"logits": step.logits, "confidence": step.confidence}
             return cast(Tensor, entry.function(*(given[n] for n in entry.needs), **params))
-        if step.clock.step not in self._reference:
+        if step.clock.step not in self._others[compared]:
             return None
-        slots, logits = self._reference[step.clock.step]
+        slots, logits = self._others[compared][step.clock.step]
         common = [s for s in step.slots if s in slots]
         if not common:
             return None
@@ -312,7 +320,7 @@ class Gatherer:
         given = {
             "logits": step.logits[:, here],
             "confidence": step.confidence[:, here],
-            "reference": logits[:, there],
+            compared: logits[:, there],
         }
         value = entry.function(*(given[n] for n in entry.needs), **params)
         rows = torch.full_like(step.confidence, torch.nan)

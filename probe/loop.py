@@ -25,7 +25,7 @@ from torch import Tensor
 from probe.canvas import Canvas
 from probe.decoding import stop, unmask
 from probe.decoding.draw import Draw
-from probe.decoding.fit import check_fit
+from probe.decoding.fit import check_fit, name_of
 from probe.decoding.policy import Ask, Change, Decision, State, Work
 from probe.decoding.rule import Rule
 from probe.errors import ProbeError
@@ -186,7 +186,7 @@ def denoise(
         if work.prompt != "all" and (reason := forward.wants_every_row(clock)):
             again = rule.caching.refreshed(state, ask)
             if again is None:
-                kind = type(rule.caching).__name__
+                kind = name_of(rule.caching)
                 raise ProbeError(f"step {clock.step}: {reason}, but the cache `{kind}` computes only some rows here")
             work = again
         ask = _within(state, ask, work)

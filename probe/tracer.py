@@ -69,6 +69,8 @@ class Tracer:
         self.code_probes = tuple(code_probes)
         self.flops: list[dict[str, int]] = []
         """FLOPs of the whole batch by phase, one entry per pass."""
+        self.fired: list[frozenset[str]] = []
+        """Names of the interventions whose steps included the pass, one entry per pass."""
         self.rows: list[tuple[int, ...]] = []
         """Rows that each sample's first layer computed, one entry per pass."""
 
@@ -77,6 +79,7 @@ class Tracer:
         kit, watch = self.kit, self.kit.watch
         watch.step = request.clock.pass_index
         firing = kit.table.at(request.clock)
+        self.fired.append(frozenset(p.name for p in firing if p.edit is not None))
         state = PassState(kit, request, firing)
         delta = request.work.delta
         kit.ledger.begin(cached=state.cached or (delta is not None and not delta.whole))

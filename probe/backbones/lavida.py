@@ -60,6 +60,8 @@ OLMO_TENSORS = {
 class Lavida(TiledBackbone):
     """LaViDa behind the adapter contract. Without an encoder it is the language model alone."""
 
+    shift_varies = True
+
     several = "stack"
 
     def __init__(self, decoder: LlamaConfig | Qwen2Config, *arguments: Any, **more: Any) -> None:
