@@ -20,7 +20,9 @@ from probe.assemble import StepLogits
 from probe.backbones import load
 from probe.backbones.base import Backbone, Prompt
 from probe.compile import ProbeTable, Record, compile_recipe
+from probe.composition import check_composition
 from probe.data.pictures import on_sheet
+from probe.decoding.caching import NoCache
 from probe.encoder import encode_with_probes
 from probe.errors import ProbeError
 from probe.generate import Generated, OnStep, generate
@@ -147,7 +149,8 @@ def run(
     if opening is None:
         raise ProbeError(f"there are no samples in {recipe.data.source}")
     if isinstance(opening, data.Sample):
-        rule_for(backbone, recipe, opening.generate, pictures=bool(opening.pictures))
+        rule = rule_for(backbone, recipe, opening.generate, pictures=bool(opening.pictures))
+        check_composition(recipe, table, rule.caching, rule.nominal_steps)
     source = chain([opening], source)
     folder = output_folder(recipe.name, out, resume=resume)
 
@@ -168,7 +171,7 @@ def run(
     if with_baseline:
         sides.insert(0, side("baseline", recipe.without_interventions(), folder / f"{stem}.baseline.trace.h5"))
 
-    failed = count = 0
+    failed = count = unreached = 0
     warm = False
     notes: list[str] = []
     with ExitStack() as stack:
@@ -219,9 +222,12 @@ def run(
                     writer.write(record)
                 notes.append(f"sample {number} failed: {reason}")
                 continue
+            unreached += bool(results[-1].arrays["unreached"])
             for writer, result in zip(writers, results, strict=True):
                 if number not in writer.done:
                     writer.write(record_of(item, number, result, pictures=recipe.trace.pictures))
+    if unreached:
+        notes.append(f"{unreached} of {count} samples ended before an intervention's first step (trace: `unreached`)")
     rows = summarise([s.path for s in sides], [s.label for s in sides])
     if intervenes and rows[-1].untouched:
         notes.append(
@@ -278,6 +284,14 @@ def _one_sample(
     compares = len(sides) > 1 and keeps_signals and any("reference" in r.signal.entry.needs for r in sides[-1].records)
     unpruned: StepLogits = {}
 
+    def without_cache(side: _Side) -> StepLogits:
+        """The logits of the side's run in which every pass computes every row."""
+        found: StepLogits = {}
+        if keeps_signals and any("uncached" in r.signal.entry.needs for r in side.records):
+            plain, prompts = replace(rule, caching=NoCache()), [see(side.bare).prompt]
+            generate(backbone, prompts, plain, side.bare, seed=seed, samples=[number], collected=found)
+        return found
+
     def recorded(side: _Side) -> Generated:
         is_baseline = side is not sides[-1]
         table = side.table if keeps_signals else side.bare
@@ -292,6 +306,7 @@ def _one_sample(
             on_step=on_step(side),
             collected=unpruned if compares and is_baseline else None,
             reference=None if is_baseline else unpruned,
+            uncached=without_cache(side),
         )[0]
         return _charged(result, see(table))
 
