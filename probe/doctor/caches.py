@@ -42,7 +42,7 @@ def shift(patient: Patient) -> str:
 
 
 def cache(patient: Patient) -> str:
-    """A cache computes what it says: the prefix mask, the first pass, or every row of every pass."""
+    """A cache is what it says: the prefix mask, the first pass, or every row again."""
     own = own_cache(patient)
     said = []
     for name in dict.fromkeys(("none", own, *MASKED_CACHES.get(own, ()))):

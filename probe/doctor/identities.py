@@ -67,7 +67,7 @@ def record(patient: Patient) -> str:
 
 
 def drop(patient: Patient) -> str:
-    """Masking visual tokens gives the answers of dropping them with positions kept; both change something."""
+    """Masking visual tokens is dropping them with positions kept; both change something."""
     gap = 0.0
     for name, prompts, where in ways(patient):
         plain = run(patient, prompts, NOTHING, name)
@@ -93,7 +93,7 @@ def withdraw(patient: Patient) -> str:
 
 
 def ledger(patient: Patient) -> str:
-    """Every visual token has one fate at every (step, layer), and attention mass over segments sums to 1."""
+    """Every visual token has one fate in each (step, layer); attention mass sums to 1."""
     for name, prompts, where in ways(patient):
         for text in ("", *EDITS.values()):
             for out in run(patient, prompts, text + RECORD, name):

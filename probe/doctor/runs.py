@@ -14,7 +14,7 @@ from probe.generate import Generated, generate
 from probe.generation import rule_for
 from probe.recipe import Recipe, parse_recipe
 
-STEPS = 4
+STEPS = 3
 NOTHING = "- {name: sure, at: {site: logits}, record: [confidence]}\n"
 RECORD = """
 - {name: attention, at: {site: layer.attention, layers: all}, record: [attention_mass, visual_importance]}
