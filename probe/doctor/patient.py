@@ -70,6 +70,8 @@ class Patient:
 
     def __init__(self, backbone: Backbone, checkpoint: Checkpoint | None = None, **options: Any) -> None:
         self.backbone, self.checkpoint, self.options = backbone, checkpoint, options
+        self.answers: dict[tuple[int, str, str], Any] = {}
+        """What was generated so far (`runs.answers`)."""
 
     @cached_property
     def sees_pictures(self) -> bool:
