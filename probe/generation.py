@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 from probe import vocabulary as _registered  # noqa: F401  (the built-in policies must be known)
 from probe.backbones.base import Backbone, GenerationDefaults
 from probe.compile_call import bind
+from probe.decoding.fit import misfit
 from probe.decoding.policy import Caching, Length, Unmasking
 from probe.decoding.rule import Rule
 from probe.decoding.unmask import Remasking
@@ -65,6 +66,8 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
         length=length,
     )
     caching.check(rule, backbone.shift)
+    if (found := misfit(unmasking, caching, shift=backbone.shift, causal=backbone.causal)) is not None:
+        raise recipe.fault(("generate", found[0]), found[1])
     return rule
 
 

@@ -195,6 +195,14 @@ def facts_of(name: str | Path, *, revision: str | None = None) -> ModelFacts:
     return cast("ModelFacts", adapter_of(checkpoint).meta["facts"](checkpoint))
 
 
+def adapter_class(name: str | Path, *, revision: str | None = None) -> type[Backbone]:
+    """The adapter's class of a backbone, without its weights."""
+    for entry in backbones:
+        if revision is None and any(p.name == str(name) for p in entry.meta.get("published", ())):
+            return cast("type[Backbone]", entry.function())
+    return cast("type[Backbone]", adapter_of(resolve(name, revision=revision, weights=False)).function())
+
+
 def visual_count(name: str | Path, sizes: Sequence[tuple[int, int]], *, revision: str | None = None) -> int:
     """Visual tokens of a sample whose pictures have these (width, height), without weights or pixels."""
     if published := _published(name, revision):
