@@ -1,7 +1,7 @@
 """The command line: parses, calls `probe.*`, prints.
 
-Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones and traces stand in
-`probe/cli_backbones.py` and `probe/cli_traces.py`.
+Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones and traces, and those for
+people who write pruners, stand in `probe/cli_backbones.py`, `probe/cli_traces.py` and `probe/cli_tools.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from probe import cli_backbones, cli_traces
+from probe import cli_backbones, cli_tools, cli_traces
 from probe.cli_common import (
     BackboneOption,
     PluginOption,
@@ -128,18 +128,22 @@ def check(
 
 
 @app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
-    from rich.table import Table
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Show this one as it is written.")] = None,
+) -> None:
+    """List the shipped recipes: what each does, where it acts, its dials, its paper. Or show one."""
+    from probe.catalogue import catalogue, source_of
+    from probe.views.catalogue import render_catalogue
 
-    from probe.recipe import shipped_recipes
+    if name is None:
+        out.print(render_catalogue(catalogue()))
+        return
+    path, text = source_of(name)
+    out.print(f"# {path}", highlight=False, markup=False, soft_wrap=True)
+    out.print(text, highlight=False, markup=False, soft_wrap=True, end="")
 
-    table = Table("recipe", "what it does", box=None, pad_edge=False)
-    for info in shipped_recipes():
-        table.add_row(info.name, info.about)
-    out.print(table)
 
-
+app.add_typer(cli_tools.app)
 app.add_typer(cli_backbones.app)
 app.add_typer(cli_traces.app)
 
