@@ -23,7 +23,9 @@ class Canvas:
     """`embeds (batch, length, width)` and its layout; per sample (host): roles and prompt length at the start.
 
     `roles[b] (P + gen_length + suffix,)` int8 on the host; answer slots of sample b start at `prompt_length[b]`;
-    `pictures[b] (V,)`, `boxes[b] (V, 4)`, `views[b] (V,)` say what every visual token sees (`Prompt`).
+    `pictures[b] (V,)`, `boxes[b] (V, 4)`, `views[b] (V,)` say what every visual token sees;
+    `originals[b]` is what a share of the visual tokens is a share of, `fates[b]` what became of each before the
+    language model, if anything did (`Prompt`).
     """
 
     embeds: Tensor
@@ -36,6 +38,8 @@ class Canvas:
     pictures: tuple[Tensor, ...] = ()
     boxes: tuple[Tensor, ...] = ()
     views: tuple[Tensor, ...] = ()
+    originals: tuple[int, ...] = ()
+    fates: tuple[Tensor | None, ...] = ()
 
     @property
     def answer_rows(self) -> list[list[int]]:
@@ -103,6 +107,8 @@ def make_canvas(prompts: Sequence[Prompt], mask_embed: Tensor, gen_length: int, 
         pictures=tuple(p.picture for p in prompts),
         boxes=tuple(p.box for p in prompts),
         views=tuple(p.view for p in prompts),
+        originals=tuple(p.n_original for p in prompts),
+        fates=tuple(p.fate for p in prompts),
     )
 
 

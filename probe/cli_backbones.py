@@ -14,12 +14,13 @@ app = typer.Typer()
 @app.command()
 def backbones() -> None:
     """List the backbones by name, and the tasks that come with the project."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from probe.backbones import known_backbones
     from probe.data import tasks
 
-    table = Table("backbone", "layers", "width", "vocabulary", "what it is", box=None, pad_edge=False)
+    name = Column("backbone", no_wrap=True)
+    table = Table(name, "layers", "width", "vocabulary", "what it is", box=None, pad_edge=False)
     for info in known_backbones():
         table.add_row(info.name, str(info.layers), str(info.width), str(info.vocabulary), info.about)
     out.print(table)

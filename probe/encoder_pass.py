@@ -18,11 +18,12 @@ from torch import Tensor
 from probe.backbones.base import Backbone, Views
 from probe.compile import BoundProbe, Edit, ProbeTable
 from probe.cost import EncoderDims
-from probe.decide import asked, decide
+from probe.decide import decide
 from probe.encoder_looking import BEFORE, EncoderLooking
 from probe.encoder_source import TokensOfViews
 from probe.encoder_state import Group, ViewState, shorten
 from probe.errors import ProbeError
+from probe.inputs import asked
 from probe.site import Fate, Plan, Site
 from probe.timing import Stopwatch
 

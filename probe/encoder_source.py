@@ -23,7 +23,7 @@ from probe.site import Plan
 
 @dataclass
 class TokensOfViews:
-    """The n tokens of some views, one view after the other: a `Source` of `probe.decide`.
+    """The n tokens of some views, one view after the other: a `Source` of `probe.inputs`.
 
     An encoder's class token is none of them and always stays; with `with_class` it is their first one, for operations
     that protect it by name (ToMe's halves count it).

@@ -112,7 +112,7 @@ def generate(
             "visual_kept": kept.numpy()[passes],
             "visual_tokens": counts.numpy()[passes],
             "visual_box": prompt.box.float().cpu().numpy(),
-            "visual_role": prompt.role[prompt.visual >= 0].cpu().numpy(),
+            "visual_role": prompt.visual_role.cpu().numpy(),
             "visual_view": prompt.view.cpu().numpy().astype(np.int16),
             "seconds": by_phase,
             "flops": flops,

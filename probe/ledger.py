@@ -18,13 +18,21 @@ class Ledger:
     Everything stays on the device until `table`; a step costs one small tensor per edit.
     """
 
-    def __init__(self, n_visual: Sequence[int], layers: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        n_visual: Sequence[int],
+        layers: int,
+        device: torch.device,
+        before: Sequence[Tensor | None] = (),
+    ) -> None:
+        """`before[b] (n_visual[b],)` says what became of tokens before the language model; None: all are there."""
         self.n_visual = tuple(n_visual)
         self.layers = layers
         width = max(self.n_visual, default=0)
         fates = torch.zeros(len(self.n_visual), width, dtype=torch.uint8, device=device)
         for b, n in enumerate(self.n_visual):
-            fates[b, :n] = int(Fate.KEPT)
+            given = before[b] if before else None
+            fates[b, :n] = int(Fate.KEPT) if given is None else given.to(fates)
         self._lasting = _State(fates, torch.zeros(len(self.n_visual), dtype=torch.int32, device=device))
         self._steps: list[list[_State]] = []
         self._columns: list[_State] | None = None

@@ -21,8 +21,8 @@ from probe.backbones.base import Backbone
 from probe.compile import BoundProbe, Call
 from probe.conditions import Watch
 from probe.cost import DecoderDims
-from probe.decide import asked
 from probe.errors import ProbeError
+from probe.inputs import asked
 from probe.loop import Pass
 from probe.scores.raters import raters
 from probe.site import QuerySet, Reweight, Role

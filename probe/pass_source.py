@@ -1,4 +1,4 @@
-"""What an intervention is given by name, for one sample of one pass: the engine's side of `decide.Source`."""
+"""What an intervention is given by name, for one sample of one pass: the engine's side of `inputs.Source`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SampleSource:
             return self._hidden_()
         simple = {
             "n": self.n,
-            "original": self._state.canvas.n_visual_at_start[self._b],
+            "original": self._state.canvas.originals[self._b],
             "progress": self._progress(),
             "layer_index": -1 if self._probe.layer is None else self._probe.layer,
         }

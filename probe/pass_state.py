@@ -23,7 +23,8 @@ from probe.canvas import Canvas
 from probe.compile import BoundProbe, Edit, ProbeTable
 from probe.conditions import Watch
 from probe.cost import DecoderDims
-from probe.decide import asked, decide, reads_prompt
+from probe.decide import decide
+from probe.inputs import asked, reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Looking, Recorder, attended
 from probe.loop import Pass

@@ -6,7 +6,7 @@ nothing recorded, interleaved sample by sample, and only those times are compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -18,9 +18,10 @@ import torch
 from probe import data
 from probe.assemble import StepLogits
 from probe.backbones import load
-from probe.backbones.base import Backbone, Features
+from probe.backbones.base import Backbone, Prompt
 from probe.compile import ProbeTable, Record, compile_recipe
 from probe.data.pictures import on_sheet
+from probe.encoder import encode_with_probes
 from probe.errors import ProbeError
 from probe.generate import Generated, OnStep, generate
 from probe.generation import rule_for
@@ -253,14 +254,16 @@ def _one_sample(
     on_progress: OnProgress | None,
     warm_up: bool,
 ) -> list[Generated]:
-    """All sides of one sample; pictures are encoded once, and each side is charged for it."""
-    watch = Stopwatch(next(backbone.parameters()).device)
-    with watch.section("encode"):
-        features = _encoded(backbone, sample)
-    encode_flops = backbone.encode_flops(features) if features is not None else 0.0
-    spent = sum(watch.drain().values())
+    """All sides of one sample; pictures are encoded once for all sides that have no probes in the encoder."""
     recipe = sides[0].recipe
-    prompt = backbone.assemble(sample.question, features, think=bool(recipe.generate.think))
+    seen: dict[int, _Seen] = {}
+
+    def see(table: ProbeTable) -> _Seen:
+        key = id(table) if table.encoder else 0
+        if key not in seen:
+            seen[key] = _see(backbone, sample, table, seed * 1_000_003 + number, think=bool(recipe.generate.think))
+        return seen[key]
+
     rule = rule_for(backbone, recipe, sample.generate, pictures=bool(sample.pictures))
     keeps_signals = recipe.trace.samples == "all" or number < int(recipe.trace.samples)
 
@@ -277,11 +280,12 @@ def _one_sample(
 
     def recorded(side: _Side) -> Generated:
         is_baseline = side is not sides[-1]
-        return generate(
+        table = side.table if keeps_signals else side.bare
+        result = generate(
             backbone,
-            [prompt],
+            [see(table).prompt],
             rule,
-            side.table if keeps_signals else side.bare,
+            table,
             seed=seed,
             samples=[number],
             code_probes=code_probes if keeps_signals else (),
@@ -289,10 +293,13 @@ def _one_sample(
             collected=unpruned if compares and is_baseline else None,
             reference=None if is_baseline else unpruned,
         )[0]
+        return _charged(result, see(table))
 
     def unrecorded(side: _Side) -> Generated:
         # code probes may intervene, so they are part of what is timed
-        return generate(backbone, [prompt], rule, side.bare, seed=seed, samples=[number], code_probes=code_probes)[0]
+        prompts = [see(side.bare).prompt]
+        result = generate(backbone, prompts, rule, side.bare, seed=seed, samples=[number], code_probes=code_probes)[0]
+        return _charged(result, see(side.bare))
 
     recording = sides[0].recording
     if warm_up and (timed or not recording):
@@ -300,35 +307,69 @@ def _one_sample(
     turns = list(sides if compares or number % 2 == 0 else sides[::-1])
     results = {side.path: recorded(side) for side in turns}
     if len(sample.pictures) > 1:
-        box = on_sheet(prompt.box.cpu().numpy(), prompt.picture.cpu().numpy(), [p.size for p in sample.pictures])
-        results = {path: replace(r, arrays=r.arrays | {"visual_box": box}) for path, r in results.items()}
+        sizes = [p.size for p in sample.pictures]
+        for side, result in zip(turns, list(results.values()), strict=True):
+            prompt = see(side.table if keeps_signals else side.bare).prompt
+            box = on_sheet(prompt.box.cpu().numpy(), prompt.picture.cpu().numpy(), sizes)
+            results[side.path] = replace(result, arrays=result.arrays | {"visual_box": box})
     again = turns if timed else []
     clean = {side.path: unrecorded(side) for side in again} if recording else results
-    return [_charged(side, results[side.path], clean.get(side.path), spent, encode_flops, number) for side in sides]
+    return [_compared(side, results[side.path], clean.get(side.path), number) for side in sides]
 
 
-def _encoded(backbone: Backbone, sample: data.Sample) -> Features | None:
-    """What the encoder makes of a clip, or of pictures; None when there is nothing to see."""
-    if sample.frames:
-        return backbone.encode_video(sample.frames)
-    return backbone.encode_images(sample.images) if sample.images else None
+@dataclass(frozen=True)
+class _Seen:
+    """A sample as the language model meets it, what that cost, and what probes recorded on the way."""
+
+    prompt: Prompt
+    seconds: float
+    flops: float
+    probe_flops: float
+    arrays: Mapping[str, np.ndarray]
 
 
-def _charged(
-    side: _Side, result: Generated, clean: Generated | None, spent: float, encode_flops: float, number: int
-) -> Generated:
-    """A result with its share of the encoding, and with time and FLOPs of the run that recorded nothing."""
+def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, *, think: bool) -> _Seen:
+    """Encode a sample's pictures or clip under a table's probes, and lay the prompt out."""
+    watch = Stopwatch(next(backbone.parameters()).device)
+    features, flops, probe_flops, arrays = None, 0.0, 0.0, dict[str, np.ndarray]()
+    with watch.section("encode"):
+        if sample.frames:
+            if table.encoder:
+                raise ProbeError("probes in the encoder act on pictures, not on the frames of a clip")
+            features = backbone.encode_video(sample.frames)
+            flops = backbone.encode_flops(features)
+        elif sample.images:
+            done = encode_with_probes(backbone, sample.images, table, question=sample.question, seed=seed, watch=watch)
+            features, flops, probe_flops, arrays = done.features, done.flops, done.probe_flops, done.arrays
+    seconds = sum(watch.drain().values())
+    return _Seen(backbone.assemble(sample.question, features, think=think), seconds, flops, probe_flops, arrays)
+
+
+def _charged(result: Generated, seen: _Seen) -> Generated:
+    """A result with its share of the encoding, and what was recorded there."""
+    arrays = {**result.arrays, **seen.arrays}
+    seconds, flops = arrays["seconds"].copy(), arrays["flops"].copy()
+    encode, probing = PHASES.index("encode"), PHASES.index("probe")
+    seconds[0, encode] = seen.seconds
+    flops[0, encode] = seen.flops
+    flops[0, probing] += seen.probe_flops
+    arrays |= {
+        "seconds": seconds,
+        "flops": flops,
+        "seconds_total": arrays["seconds_total"] + seen.seconds,
+        "flops_total": arrays["flops_total"] + seen.flops + seen.probe_flops,
+    }
+    return replace(result, arrays=arrays)
+
+
+def _compared(side: _Side, result: Generated, clean: Generated | None, number: int) -> Generated:
+    """A result with time and FLOPs of the run that recorded nothing."""
     if clean is not None and clean.ids != result.ids:
         raise ProbeError(f"{side.label}: recording changed the answer of sample {number}; please report this")
-    arrays = dict(result.arrays)
-    encode = PHASES.index("encode")
-    arrays["seconds"][0, encode], arrays["flops"][0, encode] = spent, encode_flops
     nan = np.array(np.nan)
-    arrays |= {
-        "seconds_total": result.arrays["seconds_total"] + spent,
-        "flops_total": result.arrays["flops_total"] + encode_flops,
-        "seconds_unrecorded": nan if clean is None else clean.arrays["seconds_total"] + spent,
-        "flops_unrecorded": nan if clean is None else clean.arrays["flops_total"] + encode_flops,
+    arrays = result.arrays | {
+        "seconds_unrecorded": nan if clean is None else clean.arrays["seconds_total"],
+        "flops_unrecorded": nan if clean is None else clean.arrays["flops_total"],
     }
     return replace(result, arrays=arrays)
 

@@ -19,7 +19,7 @@ from probe.backbones.base import Backbone
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, ProbeTable
 from probe.conditions import Watch
-from probe.decide import reads_prompt
+from probe.inputs import reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult, Step
@@ -53,7 +53,7 @@ class Tracer:
             backbone=backbone,
             table=table,
             dims=dims,
-            ledger=Ledger(canvas.n_visual_at_start, dims.layers, device),
+            ledger=Ledger(canvas.n_visual_at_start, dims.layers, device, canvas.fates),
             recorder=recorder or Recorder(),
             watch=watch or Stopwatch(device),
             seeds=tuple(seeds),

@@ -19,7 +19,7 @@ tokens that they choose from (inside a combination: of those that are left):
 from __future__ import annotations
 
 from probe.selections.bipartite import bipartite, deduplicate, merges_per_layer
-from probe.selections.combinations import Pick, budget, dilate, then, union
+from probe.selections.combinations import Pick, budget, dilate, then, union, window
 from probe.selections.counts import Count, Keep, OptionalKeep, Rounding, token_count
 from probe.selections.diverse import greedy_diverse
 from probe.selections.pivots import pivots
@@ -48,4 +48,5 @@ __all__ = [
     "token_count",
     "top_k",
     "union",
+    "window",
 ]

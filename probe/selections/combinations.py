@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from probe.registry import Nested, selections
@@ -135,6 +135,19 @@ def group_of(groups: Groups, n: int, view: Tensor | None = None, columns: int | 
     assert columns is not None
     across = -(-columns // groups.number)
     return (here // columns // groups.number) * across + here % columns // groups.number
+
+
+@selections.register(gives=("into",))
+def window(n: int, columns: int, *, side: Annotated[int, Field(ge=1)] = 2) -> Choice:
+    """Squares of a view's grid: the first token of each stays, the others are matched to it.
+
+    With `merge` it is pooling: the mean of every `side` x `side` tokens, smaller squares at the edges. `columns` are
+    the tokens per row; the grid must stand row by row without separators, as at the encoder's output.
+    """
+    group = group_of(Groups("window", side), n, columns=columns)
+    count = int(group.max()) + 1 if n else 0
+    first = torch.full((count,), n).scatter_reduce_(0, group, torch.arange(n), "amin")
+    return Choice(first, first[group])
 
 
 def _reads(params: Mapping[str, Any]) -> Collection[str]:

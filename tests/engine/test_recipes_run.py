@@ -1,4 +1,4 @@
-"""Every shipped pruner runs, on one sample and on several, and keeps as many visual tokens as it says."""
+"""Every shipped pruner that acts in the language model runs, on one sample and on several, and keeps what it says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ from probe.recipe import Recipe, load_recipe, shipped_recipes
 from probe.selections import token_count
 from probe.site import Fate
 
-NAMES = [info.name for info in shipped_recipes() if info.name.startswith(("prune/", "study/"))]
+IN_THE_ENCODER = ("encoder", "projector")
+
+
+def in_the_language_model(name: str) -> bool:
+    return not any(str(probe.at.site).startswith(IN_THE_ENCODER) for probe in load_recipe(name).probes)
+
+
+NAMES = [
+    info.name
+    for info in shipped_recipes()
+    if info.name.startswith(("prune/", "study/")) and in_the_language_model(info.name)
+]
 CACHED = [name for name in NAMES if name.endswith("_lavida")]
 """Recipes for a prefill whose keys are kept."""
 STEPS = 4

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from probe.compile import Edit, compile_recipe
-from probe.decide import asked, decide, score_of
+from probe.decide import decide, score_of
 from probe.errors import ProbeError
 from probe.explain import explain
+from probe.inputs import asked
 from probe.recipe import parse_recipe
 from probe.site import Clock, ModelFacts, Plan
 

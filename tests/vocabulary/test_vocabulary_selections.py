@@ -26,6 +26,7 @@ from probe.selections import (
     threshold,
     top_k,
     union,
+    window,
 )
 from probe.selections.combinations import Groups, group_of
 from probe.selections.pivots import pivot_turns
@@ -298,6 +299,15 @@ def test_windows_are_squares(rows: int, columns: int, side: int) -> None:
     assert all(len(squares) == 1 for squares in seen.values())
     assert len(seen) == -(-rows // side) * -(-columns // side)
     assert group_of(Groups("view"), 3, torch.tensor([4, 0, 4])).tolist() == [1, 0, 1]
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4))
+def test_pooling_windows(rows: int, columns: int, side: int) -> None:
+    choice = window(rows * columns, columns, side=side)
+    corner = {i: i // columns // side * side * columns + i % columns // side * side for i in range(rows * columns)}
+    assert choice.into is not None
+    assert choice.into.tolist() == list(corner.values())
+    assert choice.kept.tolist() == sorted(set(corner.values()))
 
 
 @settings(max_examples=60, deadline=None)
