@@ -116,15 +116,19 @@ def check(
         str | None, typer.Option(metavar="WxH", help="Count the visual tokens of a picture of this size, e.g. 640x480.")
     ] = None,
 ) -> None:
-    """Say in words what a recipe will do on a backbone, without loading its weights."""
+    """Say in words what a recipe will do on a backbone, and what it will leave, without loading its weights."""
     from probe.backbones import facts_of, visual_count
     from probe.explain import explain
+    from probe.outlook import outlook
     from probe.plugins import load_plugins
 
     load_plugins(plugin or [])
     loaded = recipe_of(recipe, sets, backbone=backbone)
-    n_visual = visual_count(loaded.backbone, [size_of(picture)]) if picture is not None else None
+    sizes = [size_of(picture)] if picture is not None else None
+    n_visual = visual_count(loaded.backbone, sizes) if sizes else None
     out.print(explain(loaded, facts_of(loaded.backbone), n_visual), highlight=False, markup=False)
+    if (foreseen := outlook(loaded, sizes)) is not None:
+        out.print(foreseen, highlight=False, markup=False)
 
 
 @app.command()

@@ -18,12 +18,13 @@ from probe.backbones.base import Backbone, Prompt
 from probe.calibrate import Finding, first_candidate
 from probe.compile import ProbeTable, compile_recipe
 from probe.compile_call import bind
+from probe.encoder import encode_with_probes
 from probe.errors import ProbeError
 from probe.generate import generate
 from probe.generation import rule_for
 from probe.layer_choice import kl_to_full
 from probe.loop import Rule, Step
-from probe.recipe import Part, Recipe, load_recipe
+from probe.recipe import Recipe, load_recipe
 from probe.recipe_text import with_comments
 from probe.recipe_words import Wrong
 from probe.recipe_yaml import read_yaml
@@ -83,7 +84,7 @@ def calibrate(
             raise recipe.fault((*path, part.name, *error.path), str(error)) from None
         measured = [source.give(name, params, dial) for name in entry.needs]
         findings[dial] = entry.function(*measured, **params)
-        rules[dial] = Part(name=part.name, params=part.params | own).model_dump()
+        rules[dial] = {part.name: part.params | own} if part.params | own else part.name
         recipe = recipe.with_sets([f"{dial}={_spelled(findings[dial].value)}"])
         source.recipe = recipe
     recipe = recipe.replace(calibrate=rules)
@@ -159,41 +160,51 @@ class _Measurements:
             return self._visual_mass()
         raise ProbeError(f"a rule of calibration asks for `{name}`, which is no measurement")
 
-    def _prompts(self, what: str) -> Iterator[tuple[int, Prompt, Rule]]:
-        """The first samples with pictures, ready to generate; a sample that cannot be read raises."""
+    def _samples(self, what: str) -> Iterator[tuple[int, data.Sample, Rule]]:
+        """The first samples, with how to generate; a sample that cannot be read raises."""
         limited = self.recipe.replace(data=self.recipe.data.model_copy(update={"limit": self.samples}))
         for number, sample in enumerate(samples_of(limited)):
             if isinstance(sample, ProbeError):
                 raise sample
-            yield self._ready(number, sample)
+            yield number, sample, rule_for(self.model, self.recipe, sample.generate, pictures=bool(sample.pictures))
             self.used = max(self.used, number + 1)
             if self.on_sample is not None:
                 self.on_sample(what, number + 1, self.samples)
 
-    def _ready(self, number: int, sample: data.Sample) -> tuple[int, Prompt, Rule]:
-        with torch.inference_mode():
-            pictures = sample.images
-            features = self.model.encode_video(sample.frames) if sample.frames else None
-            if features is None and pictures:
-                features = self.model.encode_images(pictures)
-            prompt = self.model.assemble(sample.question, features, think=bool(self.recipe.generate.think))
-        return number, prompt, rule_for(self.model, self.recipe, sample.generate, pictures=bool(sample.pictures))
+    @torch.inference_mode()
+    def _prompt(self, sample: data.Sample, table: ProbeTable, number: int) -> Prompt:
+        """A sample as the language model meets it under a table's probes."""
+        features = None
+        if sample.frames:
+            features = self.model.encode_video(sample.frames)
+        elif sample.images:
+            seed = self.recipe.generate.seed * 1_000_003 + number
+            features = encode_with_probes(
+                self.model, sample.images, table, question=sample.question, seed=seed
+            ).features
+        return self.model.assemble(sample.question, features, think=bool(self.recipe.generate.think))
 
     def _divergence(self, dial: str, first: int) -> Tensor:
         """`(sample, candidate)`: mean over the slots that could be committed when the recipe first acts."""
         layers = range(first, self.facts.layers)
         tables = [compile_recipe(self.recipe.with_sets([f"{dial}={layer}"]), self.facts) for layer in layers]
         rows = []
-        for number, prompt, rule in self._prompts("divergence"):
+        for number, sample, rule in self._samples("divergence"):
+            bare = self._prompt(sample, ProbeTable(()), number)
+            if not bare.n_visual:
+                continue
             full: Step | None = None
             row = []
             for table in tables:
+                prompt = self._prompt(sample, table, number) if table.encoder else bare
                 step = self._acting(prompt, rule, table, number)
-                if full is None:
-                    full = self._at(prompt, rule, number, step.clock.pass_index)
+                if full is None or full.clock.pass_index != step.clock.pass_index:
+                    full = self._at(bare, rule, number, step.clock.pass_index)
                 slots = step.eligible[0]
                 row.append(kl_to_full(full.logits[0][slots], step.logits[0][slots][:, None]).mean())
             rows.append(torch.stack(row))
+        if not rows:
+            raise ProbeError(f"no sample of {self.recipe.data.source} has visual tokens; ask about pictures")
         return torch.stack(rows).cpu()
 
     def _acting(self, prompt: Prompt, rule: Rule, table: ProbeTable, number: int) -> Step:
@@ -207,7 +218,9 @@ class _Measurements:
 
         step = self._until(prompt, rule, table, number, enough)
         if step is None:
-            raise ProbeError(f"{self.recipe.name}: no intervention acts within the {rule.steps} steps of sample {number}")
+            raise ProbeError(
+                f"{self.recipe.name}: no intervention acts within the {rule.steps} steps of sample {number}"
+            )
         return step
 
     def _at(self, prompt: Prompt, rule: Rule, number: int, pass_index: int) -> Step:
@@ -238,10 +251,12 @@ class _Measurements:
                 return [torch.from_numpy(mass) for mass in visual_mass(opened)]
         table = compile_recipe(load_recipe("record/attention_mass"), self.facts)
         seed, out = self.recipe.generate.seed, []
-        for number, prompt, rule in self._prompts("attention"):
+        for number, sample, rule in self._samples("attention"):
+            prompt = self._prompt(sample, table, number)
+            if not prompt.n_visual:
+                continue
             arrays = generate(self.model, [prompt], rule, table, seed=seed, samples=[number])[0].arrays
-            if prompt.n_visual and "attention_mass" in arrays:
-                out.append(torch.from_numpy(arrays["attention_mass"])[:, :, 0, int(Role.VISUAL)])
+            out.append(torch.from_numpy(arrays["attention_mass"])[:, :, 0, int(Role.VISUAL)])
         return out
 
 

@@ -25,10 +25,10 @@ def render_budget(lines: Sequence[Line], keep: float) -> RenderableType:
         numbers = (line.nominal, line.layer_average, line.trajectory_average, line.flops)
         table.add_row(line.name, *("-" if math.isnan(x) else f"{x:.1%}" for x in numbers), line.remark)
     said = (
-        f"keep {keep:g}; shares of the unpruned run's visual tokens, means over the samples. nominal: the\n"
-        "fewest of any layer and step; layers: mean over the layers of the first step in which\n"
-        "tokens are missing; trajectory: mean over layers and steps; FLOPs: executed, encoder and\n"
-        "scoring included, of the unpruned run's"
+        f"keep {keep:g}; shares of the unpruned run's visual tokens, means over the samples.\n"
+        "nominal: the fewest of any layer and step; layers: mean over the layers of the\n"
+        "first step in which tokens are missing; trajectory: mean over layers and steps;\n"
+        "FLOPs: executed, encoder and scoring included, of the unpruned run's"
     )
     rest = [Text(f"{line.name} does not run here: {line.cannot}") for line in lines if line.cannot]
     return Group(table, Text(said, style="dim"), *rest)
