@@ -38,6 +38,7 @@ class Setting:
     steps: int
     slots: int
     cache: str = "none"
+    text: int = TEXT
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class _Imagined:
 
     def give(self, name: str, params: Mapping[str, Any]) -> Any:
         """The input of this name, as `pass_source` and `encoder_source` have it."""
-        n, width, text = self.n, 8, 6 if self.wild else 3
+        n, width, text = self.n, 8, 12 if self.wild else 9
         simple = {"n": n, "original": self.original, "progress": self.progress, "layer_index": self.layer}
         if name in simple:
             return simple[name]
@@ -196,9 +197,7 @@ class _Foreseeing:
         for wild in (False, True):
             layer = -1 if probe.layer is None else probe.layer
             try:
-                plans.append(
-                    decide(probe.edit, _Imagined(n, original, progress, layer, self.facts.heads, wild), clock)
-                )
+                plans.append(decide(probe.edit, _Imagined(n, original, progress, layer, self.facts.heads, wild), clock))
             except Exception as error:  # parts of a user's own may want anything of their inputs
                 said = str(error).split("\n")[0] or type(error).__name__
                 self.unsure[probe.name] = f"what it keeps cannot be foreseen ({said})"
@@ -240,6 +239,7 @@ class _Foreseeing:
             if probe.group != "view":
                 self.unsure.setdefault(probe.name, "views of a picture share; counted as one view")
             now = self.act(probe, now, self.clock(0), original=patches)
+            self.unsure.setdefault(probe.name, "about: without the newlines, and the views as large as each other")
         return now.there / patches
 
     def run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -275,9 +275,7 @@ class _Foreseeing:
     def _skips(probe: BoundProbe) -> bool:
         return probe.edit is not None and probe.edit.do.entry.name == "skip_layers"
 
-    def _all(
-        self, firing: Sequence[BoundProbe], site: Site, layer: int | None, now: _After, clock: Clock
-    ) -> _After:
+    def _all(self, firing: Sequence[BoundProbe], site: Site, layer: int | None, now: _After, clock: Clock) -> _After:
         for probe in firing:
             if probe.site is site and probe.layer == layer and not self._skips(probe):
                 now = self.act(probe, now, clock)
@@ -297,7 +295,7 @@ def forecast(table: ProbeTable, facts: ModelFacts, setting: Setting, dims: Decod
 
 def _flops(dims: DecoderDims, setting: Setting, rows: np.ndarray, mlp: np.ndarray) -> int:
     """Decoder and head over a generation. With a prefix cache the prompt is computed once, in the first pass."""
-    total, text, slots = 0, TEXT, setting.slots
+    total, text, slots = 0, setting.text, setting.slots
     for step in range(setting.steps):
         prompt = setting.cache == "none" or step == 0
         for layer in range(dims.layers):
@@ -317,10 +315,14 @@ def _limits(table: ProbeTable, setting: Setting) -> tuple[str, ...]:
     clock = Clock(1, 1, 0, 1, max(setting.steps, 2), 1)
     out: dict[str, str] = {}
     for probe in table.edits:
-        if not probe.site.in_encoder and probe.edit is not None and (why := reads_prompt(probe.edit, probe.site, clock)):
+        if (
+            not probe.site.in_encoder
+            and probe.edit is not None
+            and (why := reads_prompt(probe.edit, probe.site, clock))
+        ):
             out[probe.name] = (
-                f"`{probe.name}` {why}, which steps over the `{setting.cache}` cache do not compute: it acts when the "
-                "prompt is computed, and not again before the cache is filled anew"
+                f"`{probe.name}` {why}: where a step over the `{setting.cache}` cache does not compute those rows, it "
+                "cannot act. It acts when the prompt is computed, and not again before the cache is filled anew"
             )
     return tuple(out.values())
 
@@ -338,7 +340,10 @@ def render(found: Forecast) -> str:
     ]
     if found.flops is not None:
         rows.append(
-            ("FLOPs", f"{found.flops:.0%} of the unpruned run's, in the decoder and its head, without what scoring costs")
+            (
+                "FLOPs",
+                f"{found.flops:.0%} of the unpruned run's, in the decoder and its head, without what scoring costs",
+            )
         )
     else:
         rows.append(("FLOPs", "not foreseen for this decoder or its cache; `probe budget` counts them in a run"))
@@ -346,7 +351,7 @@ def render(found: Forecast) -> str:
     rows += [("cannot", why) for why in found.limits]
     cache = "" if s.cache == "none" else f", cache `{s.cache}`"
     head = (
-        f"forecast for {s.visual} visual tokens, {s.steps} steps, {s.slots} answer slots, about {TEXT} positions of "
+        f"forecast for {s.visual} visual tokens, {s.steps} steps, {s.slots} answer slots, about {s.text} positions of "
         f"text{cache}"
     )
     lines = textwrap.wrap(head, WIDTH)

@@ -141,7 +141,8 @@ class Recipe(BaseModel):
     def hash(self) -> str:
         """Sixteen hex digits of what the recipe does to a sample.
 
-        Not its description, nor how its values came about or could be found, nor how many samples there are: a longer run is the same.
+        Not its description, nor how its values came about or could be found, nor how many samples
+        there are: a longer run is the same.
         """
         text = self._canonical("about", "paper", "dial", "calibrate", limit=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from keyword import iskeyword
 from pathlib import Path
 
 from probe.errors import ProbeError
@@ -23,10 +24,10 @@ dial:
 probes:
   # An intervention: where it acts, what each visual token is worth, which ones stay, what becomes of the others.
   - name: prune
-    at: {{site: layer.input, layer: $layer, steps: {{from: $start}}}}     # or {{site: before_lm}}: before the first layer
+    at: {{site: layer.input, layer: $layer, steps: {{from: $start}}}}   # or {{site: before_lm}}, before the first layer
     score: {score}
-    select: {{top_k: {{keep: $keep}}}}                                # the best; or greedy_diverse, stride, bipartite, ...
-    do: {{drop: {{positions: keep, lasts: forward}}}}                 # lasts: generation takes them away for good
+    select: {{top_k: {{keep: $keep}}}}                              # the best; or greedy_diverse, stride, ...
+    do: {{drop: {{positions: keep, lasts: forward}}}}               # lasts: generation takes them away for good
   # And something to look at: how the answer's attention divides, in every layer and at every step.
   - name: look
     at: {{site: layer.attention, layers: all}}
@@ -92,13 +93,21 @@ def write(name: str, folder: Path, *, plugin: bool = False) -> list[Path]:
     if plugin:
         import probe.vocabulary  # noqa: F401  (the built-in scores must be known)
 
-        if word in scores or not word.isidentifier() or word in ("probe", "torch"):
+        if word in scores or iskeyword(word) or word in ("probe", "torch"):
             raise ProbeError(f"a score cannot be called `{word}`: that name is taken; choose another")
     names = {"recipe": f"{name}.yaml", "file": f"{word}.py", "test": f"test_{word}.py"}
     if plugin:
-        fill = {"what": f"{word} finds worth most", "score": f"{{{word}: {{power: 2.0}}}}", "plugin": f" --plugin {word}.py"}
+        fill = {
+            "what": f"{word} finds worth most",
+            "score": f"{{{word}: {{power: 2.0}}}}",
+            "plugin": f" --plugin {word}.py",
+        }
     else:
-        fill = {"what": "the answer attends to most", "score": "{attention: {layer: -1, queries: answer}}", "plugin": ""}
+        fill = {
+            "what": "the answer attends to most",
+            "score": "{attention: {layer: -1, queries: answer}}",
+            "plugin": "",
+        }
     texts = {names["recipe"]: RECIPE.format(name=name, **fill)}
     if plugin:
         texts |= {

@@ -25,7 +25,7 @@ import torch
 
 from probe.calibrate import by_layer, unseen_layers
 from probe.errors import ProbeError
-from probe.recipe import Recipe, load_recipe, parse_recipe
+from probe.recipe import Generate, Recipe, load_recipe, parse_recipe
 from probe.recipe_text import with_comments
 from probe.site import Fate, Role
 
@@ -196,7 +196,9 @@ def _rounded(share: float) -> float:
 
 def _suggestion(name: str, like: Recipe, sets: Sequence[str], said: Sequence[str]) -> Suggestion:
     recipe = load_recipe(f"prune/{name}", sets)
-    recipe = recipe.replace(backbone=like.backbone, data=like.data, generate=like.generate)
+    recipe = recipe.replace(backbone=like.backbone, data=like.data.model_copy(update={"limit": None}))
+    if like.generate != Generate():
+        recipe = recipe.replace(generate=like.generate)
     return Suggestion(recipe, with_comments(recipe, [f"{recipe.about} ({recipe.paper}).", *said]))
 
 
