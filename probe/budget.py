@@ -159,6 +159,8 @@ def _measured(recipe: Recipe, model: Backbone, samples: int, folder: Path) -> Me
 def _line(label: str, found: Measured, bare: Measured, remark: str) -> Line:
     numbers = [n for n in found.tokens if n in bare.original]
     shares = [found.tokens[n] / bare.original[n] for n in numbers]
+    if found is not bare and not remark and all((s == 1).all() for s in shares):
+        remark = "never acted: its signal did not come, or the answers ended before its start"
     return Line(
         label,
         nominal=float(np.mean([s.min() for s in shares])),

@@ -12,12 +12,15 @@ from probe.recipe_yaml import dump_yaml
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe: `where` its interventions act (or, if it has none, where it records), `dials` with their values."""
+    """One recipe: `where` its interventions act (or, if it has none, where it records), what they do there (`steps`:
+    score, selection, operation), `dials` with their values.
+    """
 
     name: str
     about: str
     paper: str
     where: tuple[str, ...]
+    steps: tuple[str, ...]
     dials: tuple[str, ...]
     path: Path
 
@@ -38,9 +41,26 @@ def entry_of(name: str, recipe: Recipe, path: Path) -> Entry:
         recipe.about or "",
         recipe.paper or "",
         tuple(dict.fromkeys(where)) or ("nowhere: settings alone",),
+        tuple(dict.fromkeys(steps(p) for p in acting)),
         tuple(f"{k}={_flow(v)}" for k, v in recipe.dial.items()),
         path,
     )
+
+
+def steps(probe: ProbeSpec) -> str:
+    """Score, selection and operation by their names (`attention > top_k > drop`), or what is recorded."""
+    if probe.record is not None:
+        return "records " + ", ".join(part.name for part in probe.record)
+    parts = [part for part in (probe.score, probe.select, probe.do) if part is not None]
+    return " > ".join(_named(part.name, part.params) for part in parts)
+
+
+def _named(name: str, params: object) -> str:
+    """A part's name, with those of the parts that it combines."""
+    inside = params.get("of") if isinstance(params, dict) else None
+    items = inside if isinstance(inside, list) else [inside] if isinstance(inside, dict) else []
+    names = [_named(*next(iter(item.items()))) if isinstance(item, dict) else str(item) for item in items]
+    return f"{name}({', '.join(names)})" if names else name
 
 
 def place(probe: ProbeSpec) -> str:
@@ -49,11 +69,15 @@ def place(probe: ProbeSpec) -> str:
     if at.where is None:
         return str(at.site)
     named = at.where.spelled_one() if at.layer is not None else at.where.spelled()
-    if isinstance(named, float):
-        named = f"{100 * named:.6g}%"
-    if isinstance(named, list):
-        named = ", ".join(f"{100 * x:.6g}%" if isinstance(x, float) else str(x) for x in named)
-    return f"{at.site} {_flow(named)}"
+    if isinstance(named, dict):
+        to, every = named.get("to"), named.get("every", 1)
+        said = f"{_share(named['from'])}..{'' if to is None else _share(to)}"
+        return f"{at.site} {said}" + (f", one in {every}" if every > 1 else "")
+    return f"{at.site} {', '.join(map(_share, named)) if isinstance(named, list) else _share(named)}"
+
+
+def _share(value: object) -> str:
+    return f"{100 * value:.6g}%" if isinstance(value, float) else str(value)
 
 
 def _flow(value: object) -> str:

@@ -9,42 +9,17 @@ from probe.registry import Entry, nearest
 from probe.site import Site
 
 GIVEN: dict[str, frozenset[str]] = {
-    "any": frozenset(
-        [
-            "n",
-            "original",
-            "progress",
-            "layer_index",
-            "generator",
-            "noise",
-            "hidden",
-            "layer_input",
-            "embedding",
-            "image_features",
-            "text_features",
-            "keys",
-            "received",
-            "attended",
-            "n_queries",
-            "rotary_received",
-            "text_hidden",
-            "text_keys",
-            "text_row",
-            "row",
-            "box",
-            "view",
-            "columns",
-            "newline",
-            "cls",
-            "size",
-        ]
-    ),
+    "any": frozenset((
+        "n", "original", "progress", "layer_index", "generator", "noise", "hidden", "layer_input", "embedding",
+        "image_features", "text_features", "keys", "received", "attended", "n_queries", "rotary_received",
+        "text_hidden", "text_keys", "text_row", "row", "box", "view", "columns", "newline", "cls", "size",
+    )),
     "score": frozenset(("group",)),
-    "selection": frozenset(
-        ["score", "similarity", "features", "text_score", "count", "candidate", "alive", "budget", "protected", "group"]
-    ),
-    "operation": frozenset(["kept", "into", "part", "parts", "score", "similarity", "features"]),
-}
+    "selection": frozenset((
+        "score", "similarity", "features", "text_score", "count", "candidate", "alive", "budget", "protected", "group",
+    )),
+    "operation": frozenset(("kept", "into", "part", "parts", "score", "similarity", "features")),
+}  # fmt: skip
 """Names by kind of part; those under `any` are for all of them (`probe.scores`, `probe.selections`,
 `probe.operations` say what each is)."""
 

@@ -8,26 +8,20 @@ Conditions (`when`) are taken to hold as soon as they may.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from probe.compile import BoundProbe, ProbeTable
 from probe.cost import DecoderDims
 from probe.decide import decide
-from probe.errors import ProbeError
+from probe.imagined import Imagined
 from probe.inputs import reads_prompt
 from probe.site import Clock, Fate, ModelFacts, Phase, Plan, Site
 
 TEXT = 40
 """Positions of text that a forecast counts with; the template and the question, which it does not know."""
-WIDTH = 79
 
 
 @dataclass(frozen=True)
@@ -75,84 +69,6 @@ class Forecast:
         return float(self.shares.mean())
 
 
-@dataclass
-class _Imagined:
-    """A `Source` of made-up tensors for n visual tokens; `wild` draws them with long tails."""
-
-    n: int
-    original: int
-    progress: float
-    layer: int
-    heads: int
-    wild: bool
-
-    def __post_init__(self) -> None:
-        self._draw = torch.Generator().manual_seed(1 + self.wild)
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return torch.device("cpu")
-
-    def spend(self, flops: int) -> None:
-        """Nobody pays."""
-
-    def _values(self, *shape: int) -> Tensor:
-        drawn = torch.randn(*shape, generator=self._draw)
-        return (4 * drawn).exp() if self.wild else drawn.sigmoid()
-
-    def give(self, name: str, params: Mapping[str, Any]) -> Any:
-        """The input of this name, as `pass_source` and `encoder_source` have it."""
-        n, width, text = self.n, 8, 12 if self.wild else 9
-        simple = {"n": n, "original": self.original, "progress": self.progress, "layer_index": self.layer}
-        if name in simple:
-            return simple[name]
-        if name in ("hidden", "layer_input", "embedding", "image_features"):
-            return self._values(n, width)
-        match name:
-            case "generator":
-                return self._draw
-            case "noise":
-                return lambda m: torch.rand(m, generator=self._draw)
-            case "columns":
-                return max(math.isqrt(n), 1)
-            case "newline" | "cls":
-                return torch.zeros(n, dtype=torch.bool)
-            case "row":
-                return torch.arange(n)
-            case "view":
-                return torch.zeros(n, dtype=torch.int64)
-            case "size":
-                return torch.ones(n)
-            case "box":
-                return self._boxes()
-            case "keys":
-                return self._values(2, n, width)
-            case "received":
-                return self._values(1 if params.get("form") == "head_mean_logits" else self.heads, n)
-            case "attended":
-                return self._values(text, n)
-            case "rotary_received":
-                return self._values(n)
-            case "n_queries":
-                return torch.tensor(text)
-            case "text_hidden":
-                return self._values(text, width)
-            case "text_keys":
-                return self._values(2, text, width)
-            case "text_row":
-                return n + torch.arange(text)
-            case "text_features":
-                return self._values(width)
-        raise ProbeError(f"`{name}` cannot be made up")
-
-    def _boxes(self) -> Tensor:
-        side = max(math.ceil(math.sqrt(self.n)), 1)
-        at = torch.arange(self.n)
-        x, y = (at % side) / side, (at // side) / side
-        return torch.stack([x, y, x + 1 / side, y + 1 / side], 1)
-
-
 @dataclass(frozen=True)
 class _After:
     """What one intervention leaves: tokens `there` (computed), of them `seen` as keys; `stay` of them later on."""
@@ -197,7 +113,7 @@ class _Foreseeing:
         for wild in (False, True):
             layer = -1 if probe.layer is None else probe.layer
             try:
-                plans.append(decide(probe.edit, _Imagined(n, original, progress, layer, self.facts.heads, wild), clock))
+                plans.append(decide(probe.edit, Imagined(n, original, progress, layer, self.facts.heads, wild), clock))
             except Exception as error:  # parts of a user's own may want anything of their inputs
                 said = str(error).split("\n")[0] or type(error).__name__
                 self.unsure[probe.name] = f"what it keeps cannot be foreseen ({said})"
@@ -325,65 +241,3 @@ def _limits(table: ProbeTable, setting: Setting) -> tuple[str, ...]:
                 "cannot act. It acts when the prompt is computed, and not again before the cache is filled anew"
             )
     return tuple(out.values())
-
-
-def render(found: Forecast) -> str:
-    """A forecast in words."""
-    s = found.setting
-    rows = [
-        ("tokens", _tokens(found.tokens)),
-        (
-            "kept",
-            f"{found.nominal:.1%} at the least (nominal), {found.layer_average:.1%} over the layers of the first step "
-            f"that lacks some, {found.trajectory_average:.1%} over layers and steps (trajectory)",
-        ),
-    ]
-    if found.flops is not None:
-        rows.append(
-            (
-                "FLOPs",
-                f"{found.flops:.0%} of the unpruned run's, in the decoder and its head, without what scoring costs",
-            )
-        )
-    else:
-        rows.append(("FLOPs", "not foreseen for this decoder or its cache; `probe budget` counts them in a run"))
-    rows += [("unsure", f"`{name}`: {why}") for name, why in found.unsure.items()]
-    rows += [("cannot", why) for why in found.limits]
-    cache = "" if s.cache == "none" else f", cache `{s.cache}`"
-    head = (
-        f"forecast for {s.visual} visual tokens, {s.steps} steps, {s.slots} answer slots, about {s.text} positions of "
-        f"text{cache}"
-    )
-    lines = textwrap.wrap(head, WIDTH)
-    for name, words in rows:
-        lines += textwrap.wrap(
-            words, WIDTH, initial_indent=f"   {name:<8}", subsequent_indent=" " * 11, break_long_words=False
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _tokens(tokens: np.ndarray) -> str:
-    """`steps 0..11: 192 in layers 0..5; ...`: runs of equal steps, and in them runs of equal layers."""
-    parts, step = [], 0
-    for row, group in groupby(map(tuple, tokens.tolist())):
-        n = len(list(group))
-        parts.append(f"{_run('step', step, n)}: {_by_layer(row)}")
-        step += n
-    if len(parts) > 6:
-        parts = [*parts[:3], "...", parts[-1]]
-    return "; ".join(parts)
-
-
-def _by_layer(row: Sequence[int]) -> str:
-    if len(set(row)) == 1:
-        return f"{row[0]} in every layer"
-    out, layer = [], 0
-    for count, group in groupby(row):
-        n = len(list(group))
-        out.append(f"{count} in {_run('layer', layer, n)}")
-        layer += n
-    return ", ".join(out)
-
-
-def _run(what: str, first: int, n: int) -> str:
-    return f"{what} {first}" if n == 1 else f"{what}s {first}..{first + n - 1}"

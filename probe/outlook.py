@@ -10,8 +10,9 @@ from probe.backbones import facts_of, visual_count
 from probe.backbones.sizes import Habits, dims_of, habits_of
 from probe.compile import compile_recipe
 from probe.errors import ProbeError
-from probe.forecast import Setting, forecast, render
+from probe.forecast import Setting, forecast
 from probe.recipe import Recipe
+from probe.views.forecast import render
 
 LOOKED_AT = 6
 """Samples of the data that are looked at: the one with the most steps is forecast."""

@@ -18,7 +18,7 @@ def render_catalogue(entries: Sequence[Entry]) -> RenderableType:
     lines: list[RenderableType] = []
     for entry in entries:
         lines.append(Text.assemble((entry.name, "bold"), f": {entry.about}"))
-        said = [f"at {'; '.join(entry.where)}"]
+        said = [f"at {'; '.join(entry.where)}: {'; '.join(entry.steps)}" if entry.steps else "; ".join(entry.where)]
         if entry.dials:
             said.append(f"dials {', '.join(entry.dials)}")
         if entry.paper:

@@ -74,7 +74,8 @@ def test_recipes_are_listed_with_place_dials_and_paper_and_shown_one_by_one(prob
     said = " ".join(listed.split())
     assert "prune/fastv: after layer 2, keep the visual tokens" in said
     assert "at layer.input $layer" not in said
-    assert "at layer.input 2 dials keep=0.5, start=0.0, layer=2, queries=last Chen et al., ECCV 2024" in said
+    told = "at layer.input 2: attention > top_k > drop dials keep=0.5, start=0.0, layer=2, queries=last Chen et al."
+    assert told in said
     shown = probe_command("recipes", "fastv")
     assert "# FastV (Chen et al." in shown
     assert "select: {top_k: {keep: $keep, round: floor}}" in shown

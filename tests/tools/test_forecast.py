@@ -13,12 +13,13 @@ from probe.backbones import backbones
 from probe.backbones.base import Backbone
 from probe.backbones.sizes import HABITS, PUBLISHED, dims_of, habits_of
 from probe.compile import compile_recipe
-from probe.forecast import Setting, forecast, render
+from probe.forecast import Setting, forecast
 from probe.generate import Generated, generate
 from probe.loop import Rule
 from probe.recipe import load_recipe, parse_recipe, shipped_recipes
 from probe.site import ModelFacts
 from probe.timing import PHASES
+from probe.views.forecast import render
 
 STEPS, SLOTS = 4, 8
 RECIPES = [i.name for i in shipped_recipes() if i.name.startswith(("prune/", "study/"))]
