@@ -118,6 +118,7 @@ def check(
 ) -> None:
     """Say in words what a recipe will do on a backbone, and what it will leave, without loading its weights."""
     from probe.backbones import facts_of, visual_count
+    from probe.composition import check_without_weights
     from probe.explain import explain
     from probe.outlook import outlook
     from probe.plugins import load_plugins
@@ -125,8 +126,10 @@ def check(
     load_plugins(plugin or [])
     loaded = recipe_of(recipe, sets, backbone=backbone)
     sizes = [size_of(picture)] if picture is not None else None
+    facts = facts_of(loaded.backbone)
+    check_without_weights(loaded, facts)
     n_visual = visual_count(loaded.backbone, sizes) if sizes else None
-    out.print(explain(loaded, facts_of(loaded.backbone), n_visual), highlight=False, markup=False)
+    out.print(explain(loaded, facts, n_visual), highlight=False, markup=False)
     if (foreseen := outlook(loaded, sizes)) is not None:
         out.print(foreseen, highlight=False, markup=False)
 

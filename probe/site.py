@@ -61,6 +61,7 @@ class Fate(IntEnum):
     WITHDRAWN = 4
     MASKED = 5  # still computed, but no query sees its key
     SKIPPED = 6  # carried around this layer unchanged, back after it
+    EVICTED = 7  # not in the layer's cache, by the cache's own choice; back when it is refreshed
 
 
 class Phase(StrEnum):
@@ -117,6 +118,7 @@ class Site(StrEnum):
     ENCODER_OUTPUT = "encoder.output"  # patch features of every view, before the projector
     PROJECTOR_OUTPUT = "projector.output"  # projected features of every view, before tiles are joined
     BEFORE_LM = "before_lm"  # the assembled sequence, before layer 0
+    PREFIX_CACHE = "prefix_cache"  # stored keys and values, before a pass reads them; `layer`: whose keys are scored
     LAYER_INPUT = "layer.input"
     LAYER_ATTENTION = "layer.attention"  # the attention rows of the layer
     LAYER_AFTER_ATTENTION = "layer.after_attention"  # the residual stream between attention and MLP
@@ -127,7 +129,7 @@ class Site(StrEnum):
     @property
     def has_layers(self) -> bool:
         """Whether the site exists once per layer (and a probe at it must name layers)."""
-        return self.value.startswith(("layer.", "encoder.layer."))
+        return self.value.startswith(("layer.", "encoder.layer.")) or self is Site.PREFIX_CACHE
 
     @property
     def in_encoder(self) -> bool:
@@ -140,6 +142,7 @@ EDIT_SITES: tuple[Site, ...] = (
     Site.ENCODER_OUTPUT,
     Site.PROJECTOR_OUTPUT,
     Site.BEFORE_LM,
+    Site.PREFIX_CACHE,
     Site.LAYER_INPUT,
     Site.LAYER_AFTER_ATTENTION,
     Site.LAYER_OUTPUT,
@@ -215,3 +218,8 @@ class ModelFacts:
     class_token: bool = False
     text_tower: bool = False
     refused: tuple[tuple[Site, str], ...] = ()
+
+
+def refuse_encoder(why: str) -> tuple[tuple[Site, str], ...]:
+    """What `ModelFacts.refused` says of an encoder that no probe acts in."""
+    return tuple((site, why) for site in Site if site.in_encoder)

@@ -8,6 +8,7 @@ the pass before expected (`condition`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Self, cast
 
 import torch
@@ -22,10 +23,10 @@ from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerMo
 from probe.backbones.checkpoint import Checkpoint, Tensors, check_names, choose_dtype
 from probe.backbones.diffusion_gemma_modules import (
     DECODER,
-    GemmaDims,
+    GemmaCosts,
     GemmaStack,
+    costs,
     ids_of,
-    layer_dims,
     layer_modules,
     parts,
     published_name,
@@ -65,7 +66,6 @@ class DiffusionGemma(Backbone):
         self.model = GemmaStack(config.text_config)
         self.vision_tower = Gemma4VisionModel(config.vision_config)
         self.embed_vision = parts.DiffusionGemmaMultimodalEmbedder(config.vision_config, config.text_config)
-        self.layer_dims: tuple[GemmaDims, ...] = layer_dims(config.text_config)
         self._layers = layer_modules(self.model)
         self._encoder_layers = tuple(_encoder_modules(layer) for layer in self.vision_tower.encoder.layers)
         self.eval().requires_grad_(False)
@@ -79,17 +79,18 @@ class DiffusionGemma(Backbone):
         dtype: str | torch.dtype = "auto",
         attention: str | None = None,
         encoder_attention: str | None = None,
-        experts: str = "grouped_mm",
+        experts: str | None = None,
         special: SpecialIds | None = None,
     ) -> Self:
         """Build on no device, then take every tensor from the checkpoint: none missing, none left over.
 
         `attention` and `encoder_attention` are `sdpa` or `eager`; `experts` is how transformers runs them
-        (`grouped_mm`, `batched_mm` or `eager`). `special` replaces the ids found in the tokenizer.
+        (`grouped_mm`, `batched_mm` or `eager`; None: `grouped_mm`, in float64 `eager`). `special` replaces the ids
+        found in the tokenizer.
         """
         source, facts = checkpoint.source, names.facts_of(checkpoint)
         kernel, encoder_kernel = _kernel(attention or "sdpa"), _kernel(encoder_attention or attention or "sdpa")
-        config = read_config(checkpoint.config, source, kernel, encoder_kernel, experts)
+        config = read_config(checkpoint.config, source, kernel, encoder_kernel, experts or "grouped_mm")
         tokenizer, ends = load_tokenizer(checkpoint.folder), names.end_ids(checkpoint)
         with torch.device("meta"):
             model = cls(
@@ -105,6 +106,8 @@ class DiffusionGemma(Backbone):
         with checkpoint.tensors(str(device)) as weights:
             stored = weights.read(EMBEDDING, 1).dtype if EMBEDDING in weights.shapes else torch.float32
             model._take(weights, checkpoint, choose_dtype(dtype, stored, torch.device(device)))
+        if experts is None and model.dtype is torch.float64:
+            config.text_config._experts_implementation = "eager"
         gen_length, block_length, steps = names.lengths_of(checkpoint)
         stop = tuple(token for i in ends if tokenizer and (token := tokenizer.token_of(i)))
         model.defaults = GenerationDefaults(
@@ -112,6 +115,7 @@ class DiffusionGemma(Backbone):
             block_length=block_length,
             steps=steps,
             stop=stop,
+            stop_without_pictures=True,
             unmask={"renoise": names.sampling_of(checkpoint)},
             cache={"blocks": {}},
         )
@@ -156,6 +160,11 @@ class DiffusionGemma(Backbone):
     def encoder_layers(self) -> Sequence[LayerModules]:
         """The image encoder's layers."""
         return self._encoder_layers
+
+    @cached_property
+    def costs(self) -> GemmaCosts:
+        """What layers, head and self-conditioning cost."""
+        return costs(self.config.text_config)
 
     def row_ids(self, rows: Rows) -> Tensor:
         """`(batch, length, 3)`: position, picture, open."""

@@ -1,4 +1,4 @@
-"""Caches of the prompt: which rows are computed once, which at every step."""
+"""Caches of the prompt and of finished blocks: which rows are computed once, which at every step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from probe.decoding.policy import Ask, Caching, State, Work
+from probe.decoding.rule import Rule
+from probe.errors import ProbeError
 from probe.registry import cachings
 from probe.site import Phase
 
@@ -25,6 +27,9 @@ class PrefixLM(Caching):
     Exact for that attention pattern, which is not the one without a cache: there the prompt sees the answer. Where
     logits are shifted, the prompt's last row predicts the first slot, which is committed by the prefill.
     """
+
+    stores = True
+    renews = False
 
     def prefill(self, state: State, shift: int) -> Ask | None:
         """The prompt alone; it commits the first slot where its last row predicts it."""
@@ -62,6 +67,7 @@ class Crop(Caching):
     """
 
     exact = False
+    stores = True
 
     def plan(self, state: State, ask: Ask) -> Work:
         """Everything once, then the end of the sequence."""
@@ -79,6 +85,9 @@ class Crop(Caching):
 class KeyValue(Caching):
     """The cache of autoregressive models: every row is computed once, when its token is known. Exact if causal."""
 
+    stores = True
+    needs_causal = "computes every row once, before what follows it is known"
+
     def plan(self, state: State, ask: Ask) -> Work:
         """The prompt first, then the slots that were written since."""
         done = state.memory.get("stored")
@@ -94,3 +103,33 @@ class KeyValue(Caching):
         present = np.ones(state.slots, bool) if ask.absent is None else ~ask.absent
         state.memory["stored"] = present
         return Work("all", cached=True, refresh=True, phase=Phase.REFRESH)
+
+
+@cachings.register(name="blocks")
+@dataclass(frozen=True, kw_only=True)
+class Blocks(Caching):
+    """Prompt and finished blocks are computed once, when the block behind them begins; then the open block alone.
+
+    For models whose finished rows do not see the open block (DiffusionGemma's prefix is causal). There it is exact.
+    """
+
+    def check(self, rule: Rule, shift: int) -> None:
+        """Only decoders that go block by block."""
+        if not rule.unmasking.by_blocks:
+            raise ProbeError("cache `blocks` is for decoders that finish one block before the next begins (`renoise`)")
+
+    def plan(self, state: State, ask: Ask) -> Work:
+        """The open block; with it, in its first pass, what was finished last."""
+        low, high = ask.window
+        at = np.arange(state.slots)
+        if ask.step_in_block:
+            return Work("none", (at >= low) & (at < high), suffix=False, cached=True)
+        if ask.block == 0:
+            return Work("all", at < high, suffix=False, cached=True, refresh=True, phase=Phase.PREFILL)
+        return Work("none", (at >= low - state.rule.block_length) & (at < high), suffix=False, cached=True)
+
+    def refreshed(self, state: State, ask: Ask) -> Work | None:
+        """Everything again."""
+        return Work(
+            "all", np.arange(state.slots) < ask.window[1], suffix=False, cached=True, refresh=True, phase=Phase.REFRESH
+        )

@@ -83,7 +83,9 @@ def test_the_readme_lists_the_commands() -> None:
 
 
 def commands_of_the_program() -> list[str]:
-    return [c.callback.__name__ for c in load_cli().app.registered_commands if c.callback]
+    app = load_cli().app
+    parts = [app, *(group.typer_instance for group in app.registered_groups if group.typer_instance is not None)]
+    return [c.callback.__name__ for part in parts for c in part.registered_commands if c.callback]
 
 
 def test_public_names_are_listed() -> None:
