@@ -33,7 +33,7 @@ RECORDED: dict[Site, frozenset[str]] = {
     **dict.fromkeys((Site.ENCODER_LAYER_AFTER_ATTENTION, Site.ENCODER_OUTPUT, Site.PROJECTOR_OUTPUT), _PATCHES),
     Site.ENCODER_LAYER_ATTENTION: frozenset(("received", "patch_view", "alive")),
     Site.LAYER_ATTENTION: frozenset(("received", "key_role", "key_visual", "n_visual")),
-    Site.LOGITS: frozenset(("logits", "confidence", "reference")),
+    Site.LOGITS: frozenset(("logits", "confidence", "reference", "uncached")),
 }
 """What a signal is given, by site (`probe.signals`, `probe.signals.encoder`)."""
 

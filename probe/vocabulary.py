@@ -1,4 +1,4 @@
-"""Importing this module registers the built-in parts: signals, scores, selections, operations, decoding, calibration."""
+"""Importing this module registers the built-in parts: of probes, of decoding, of calibration."""
 
 from __future__ import annotations
 

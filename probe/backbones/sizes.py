@@ -8,10 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from probe.backbones import adapter_of, backbones, dimple_config, lavida_config, llada_v_config
+from probe.backbones import adapter_class, dimple_config, lavida_config, llada_v_config
 from probe.backbones.checkpoint import resolve
 from probe.cost import DecoderDims, decoder_dims
-from probe.registry import Entry
 
 
 @dataclass(frozen=True)
@@ -23,14 +22,8 @@ class Habits:
     cache: str
 
 
-HABITS: Mapping[str, Habits] = {
-    "llada_v": Habits(128, 128, "none"),
-    "lavida": Habits(256, 256, "prefix"),
-    "dimple": Habits(64, 64, "crop"),
-    "llava_next": Habits(128, 128, "kv"),
-    "qwen_vl": Habits(128, 128, "kv"),
-}
-"""By adapter; as their `GenerationDefaults`. An adapter that is not here reads them from each checkpoint."""
+UNSAID: Mapping[str, Habits] = {"Lavida": Habits(256, 256, "prefix")}
+"""Of adapters whose class does not say it because it differs by decoder in other things."""
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     llada_v_config.PUBLISHED_NAME: llada_v_config.PUBLISHED,
@@ -38,26 +31,22 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     lavida_config.LLADA_NAME: lavida_config.PUBLISHED_LLADA,
     dimple_config.PUBLISHED_NAME: dimple_config.PUBLISHED,
 }
-COUNTED = ("llada_v", "lavida", "dimple")
+COUNTED = ("LladaV", "Lavida", "Dimple")
 """Adapters whose decoder's layers all cost what `cost.decoder_dims` says."""
-
-
-def adapter_named(name: str | Path) -> Entry:
-    """The adapter of a backbone's name, folder or Hub id."""
-    for entry in backbones:
-        if any(p.name == str(name) for p in entry.meta.get("published", ())) and not Path(name).is_dir():
-            return entry
-    return adapter_of(resolve(name, weights=False))
 
 
 def habits_of(name: str | Path) -> Habits | None:
     """How the backbone decodes by itself; None where only its checkpoint says so."""
-    return HABITS.get(adapter_named(name).name)
+    adapter = adapter_class(name)
+    defaults = getattr(adapter, "defaults", None)
+    if defaults is None:
+        return UNSAID.get(adapter.__name__)
+    return Habits(defaults.gen_length, defaults.steps, next(iter(defaults.cache)))
 
 
 def dims_of(name: str | Path, vocabulary: int) -> DecoderDims | None:
     """Sizes that the decoder's FLOPs are counted from; None for decoders whose layers are of several kinds."""
-    if adapter_named(name).name not in COUNTED:
+    if adapter_class(name).__name__ not in COUNTED:
         return None
     known = PUBLISHED.get(str(name)) if not Path(name).is_dir() else None
     config = resolve(name, weights=False).config if known is None else known

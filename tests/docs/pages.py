@@ -110,8 +110,8 @@ def shortened(words: list[str]) -> list[str]:
 def shortened_tools(words: list[str]) -> list[str]:
     """The same for the commands that measure: one sample, two steps, and of all pruners some."""
     quick = ["--set", "generate.gen_length=4", "--set", "generate.steps=2"]
-    if words[0] == "budget" and all(w.startswith("-") or before in ("--keep",) for before, w in zip(words, words[1:])):
-        words += ["fastv", "trim"]
+    if words in (["budget"], ["budget", "--keep", "0.25"]):
+        words = [*words, "fastv", "trim"]
     return [*words, *quick] if "generate.steps" not in " ".join(words) else words
 
 

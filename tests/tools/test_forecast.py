@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from probe import data
-from probe.backbones import backbones
 from probe.backbones.base import Backbone
-from probe.backbones.sizes import HABITS, PUBLISHED, dims_of, habits_of
+from probe.backbones.lavida import DREAM_DEFAULTS, LLADA_DEFAULTS
+from probe.backbones.sizes import PUBLISHED, dims_of, habits_of
 from probe.compile import compile_recipe
 from probe.forecast import Setting, forecast
 from probe.generate import Generated, generate
@@ -107,14 +107,13 @@ def test_parts_of_ones_own_that_cannot_be_foreseen_are_said_to_be() -> None:
     assert "unsure  `p`" in render(found)
 
 
-@pytest.mark.parametrize("adapter", HABITS)
-def test_habits_are_the_adapters_defaults(adapter: str) -> None:
-    defaults = getattr(backbones[adapter].function(), "defaults", None)
-    if adapter == "lavida":
-        from probe.backbones.lavida import DREAM_DEFAULTS as defaults
-    assert defaults is not None
-    said = (defaults.gen_length, defaults.steps, next(iter(defaults.cache)))
-    assert said == (HABITS[adapter].gen_length, HABITS[adapter].steps, HABITS[adapter].cache)
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if "lavida" in n.lower()])
+def test_habits_that_no_class_says_are_the_decoders(name: str) -> None:
+    for defaults in (DREAM_DEFAULTS, LLADA_DEFAULTS):
+        said = (defaults.gen_length, defaults.steps, next(iter(defaults.cache)))
+        found = habits_of(name)
+        assert found is not None
+        assert said == (found.gen_length, found.steps, found.cache)
 
 
 def test_sizes_without_weights_are_those_with(miniature: Backbone) -> None:
