@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 from probe import vocabulary as _registered  # noqa: F401  (the built-in policies must be known)
 from probe.backbones.base import Backbone, GenerationDefaults
 from probe.compile_call import bind
+from probe.decoding.caching import NoCache
 from probe.decoding.policy import Caching, Length, Unmasking
 from probe.decoding.rule import Rule
 from probe.decoding.unmask import Remasking
@@ -45,6 +46,7 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
     if remasking not in get_args(Remasking):
         raise recipe.fault(("generate", "remasking"), f"is `{remasking}`; known: {', '.join(get_args(Remasking))}")
     unmasking, caching, length = policies(recipe, defaults)
+    check_reach(backbone, recipe, caching)
     rule = Rule(
         gen_length=gen_length,
         block_length=block_length,
@@ -64,6 +66,32 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
     )
     caching.check(rule, backbone.shift)
     return rule
+
+
+def check_reach(backbone: Backbone, recipe: Recipe, caching: Caching) -> None:
+    """Raise `ProbeError` where an intervention waits for a pass, or for rows, that this way of decoding never has."""
+    for i, probe in enumerate(recipe.probes):
+        if probe.record is not None:
+            continue
+        if probe.at.steps.exactly == ("prefill",) and isinstance(caching, NoCache):
+            words = "`prefill` is when the prompt is computed for a cache, and there is none: set `generate.cache`"
+            raise recipe.fault(("probes", i, "at", "steps"), words)
+        if not backbone.causal:
+            continue
+        words = "`masked` rows never come: {} writes one token after the other; try `last`, or `answer`"
+        for j, condition in enumerate(probe.at.when):
+            if condition.source == "masked":
+                raise recipe.fault(("probes", i, "at", "when", j, "from"), words.format(backbone.facts.name))
+        if probe.score is not None and "masked" in _named(probe.score.params, "queries"):
+            raise recipe.fault(("probes", i, "score"), words.format(backbone.facts.name))
+
+
+def _named(params: Any, key: str) -> set[str]:
+    """What stands behind a key anywhere in nested parameters."""
+    if isinstance(params, Mapping):
+        own = {params[key]} if isinstance(params.get(key), str) else set()
+        return own.union(*(_named(value, key) for value in params.values()))
+    return set().union(*(_named(item, key) for item in params)) if isinstance(params, list | tuple) else set()
 
 
 def policies(recipe: Recipe, defaults: GenerationDefaults) -> tuple[Unmasking, Caching, Length]:
