@@ -121,7 +121,7 @@ def attention_rows(
         if mask.dtype == torch.bool:
             logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
         else:
-            logits = logits + mask
+            logits = logits + mask.float()
     return logits.softmax(-1)
 
 

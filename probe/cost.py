@@ -34,6 +34,10 @@ class DecoderDims:
         """One layer's gated MLP."""
         return 6 * rows * self.width * self.mlp
 
+    def condition(self, rows: int, *, told: bool) -> int:
+        """Preparing `rows` that show noise (`Backbone.condition`), with logits of an earlier pass if `told`."""
+        return 0
+
     def head(self, rows: int) -> int:
         """The vocabulary projection of `rows`."""
         return 2 * rows * self.width * self.vocabulary
@@ -68,7 +72,11 @@ def decoder_dims(config: Any, vocabulary: int) -> DecoderDims:
 
 @dataclass(frozen=True)
 class EncoderDims:
-    """Sizes of a ViT encoder with an MLP projector."""
+    """Sizes of a ViT encoder with an MLP projector.
+
+    `lead` rows before a view's patches (a class token) are no patches; the projector takes `inner` numbers of each
+    (0: the encoder's width).
+    """
 
     patches: int
     patch: int
@@ -77,11 +85,13 @@ class EncoderDims:
     layers: int
     out_width: int
     heads: int = 1
+    lead: int = 0
+    inner: int = 0
 
     def encode(self, views: int) -> int:
         """All views through patch embedding, layers and projector."""
-        n = self.patches
-        return self.embed(views) + self.layers * self.layer(views, n, n) + self.project(views * n)
+        n, rows = self.patches, self.lead + self.patches
+        return self.embed(views) + self.layers * self.layer(views, rows, rows) + self.project(views * n)
 
     def embed(self, views: int) -> int:
         """Patch embedding."""
@@ -94,7 +104,7 @@ class EncoderDims:
 
     def project(self, rows: int) -> int:
         """The projector on `rows` patches in all."""
-        return 2 * rows * (self.width * self.out_width + self.out_width**2)
+        return 2 * rows * ((self.inner or self.width) * self.out_width + self.out_width**2)
 
     def looked_rows(self, rows: int, keys: int, form: str) -> int:
         """Attention rows of one view beside the kernel, and averaging them."""

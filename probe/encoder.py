@@ -45,23 +45,25 @@ def encode_with_probes(
     images: Sequence[Image.Image],
     table: ProbeTable,
     *,
+    clip: bool = False,
     question: str = "",
     seed: int = 0,
     watch: Stopwatch | None = None,
 ) -> Encoded:
-    """Encode the pictures of one sample under the probes of `table` that act in the encoder.
+    """Encode the pictures of one sample, or the frames of a `clip`, under the probes of `table` in the encoder.
 
     `question` is what scores against a text compare with; `seed` belongs to the sample; time that probes take is
     charged to the `probe` section of `watch`.
     """
+    see = backbone.encode_video if clip else backbone.encode_images
     if not table.encoder:
-        features = backbone.encode_images(images)
+        features = see(images)
         return Encoded(features, backbone.encode_flops(features))
     dims, projector = backbone.encoder_cost, backbone.projector
     if dims is None or projector is None:
         raise ProbeError(f"no probe can act in the encoder of {backbone.facts.name}: its adapter does not say how")
-    device = next(backbone.parameters()).device
-    views = backbone.views(images)
+    device = next(backbone.encoder_layers[0].layer.parameters()).device
+    views = backbone.views(images, clip=clip)
 
     @cache
     def text() -> Tensor:
@@ -83,7 +85,7 @@ def encode_with_probes(
         stack.callback(state.release)
         for handle in _attach(backbone, state):
             stack.callback(handle.remove)
-        features = backbone.encode_images(images)
+        features = see(images)
     if not state.state.pristine:
         features = replace(features, survivors=state.state.survivors())
     return Encoded(features, float(state.flops["encode"]), float(state.flops["probe"]), state.arrays)

@@ -41,7 +41,8 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
     block_length = own.block_length or (gen_length if changed else base["block_length"])
     in_proportion = max(1, round(base["steps"] * gen_length / base["gen_length"]))
     steps = own.steps or (in_proportion if changed else base["steps"])
-    stop = own.stop if own.stop is not None else (defaults.stop if pictures or backbone.causal else ())
+    ends = pictures or backbone.causal or defaults.stop_without_pictures
+    stop = own.stop if own.stop is not None else (defaults.stop if ends else ())
     remasking = own.remasking or "low_confidence"
     if remasking not in get_args(Remasking):
         raise recipe.fault(("generate", "remasking"), f"is `{remasking}`; known: {', '.join(get_args(Remasking))}")
@@ -60,6 +61,7 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
         suffix=tuple(backbone.tokenize(own.suffix)) if own.suffix else (),
         eos=backbone.special.eos,
         prior=tuple((i, token) for i, token in enumerate(given or ()) if token is not None),
+        vocabulary=backbone.facts.vocabulary,
         unmasking=unmasking,
         caching=caching,
         length=length,

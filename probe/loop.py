@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from probe.canvas import Canvas
-from probe.decoding import stop, unmask
+from probe.decoding import unmask
 from probe.decoding.draw import Draw
 from probe.decoding.policy import Ask, Change, Decision, State, Work
 from probe.decoding.rule import Rule
@@ -223,7 +223,8 @@ def denoise(
         )
         for b in range(state.batch):
             if ask.active[b] and rule.stop:
-                state.stop_at[b] = stop.search(state.tokens[b, first:].tolist(), rule.stop, state.stop_at[b])
+                found = rule.unmasking.stop_at(state.tokens[b, first:].tolist(), rule.stop, state.stop_at[b])
+                state.stop_at[b] = found
         change = rule.length.after(state, ask, logits, decision)
         if change is not None:
             canvas, tokens = _change(state, canvas, change, tokens, embed, mask_embed)

@@ -165,11 +165,17 @@ class SampleSource:
         if self._alive is not self._layout:
             raise ProbeError(f"{self._at()}: `projected` needs every row computed in this pass")
         rows, weight = state.looking.query_rows(params["queries"], self._layout, self._b)
-        cos, sin = (table[min(self._b, table.shape[0] - 1)] for table in state.rope)
         modules = state.kit.backbone.layers[layer]
-        real = self._layout.length[self._b]
+        cos, sin = (table[min(self._b, table.shape[0] - 1), :, modules.tables] for table in state.rope)
+        real, mask = self._layout.length[self._b], state.mask_of(layer)
         seen, flops = projected_attention(
-            modules, self._hidden[self._b, :real], rows, cos[:real], sin[:real], params["form"]
+            modules,
+            self._hidden[self._b, :real],
+            rows,
+            cos[:real],
+            sin[:real],
+            params["form"],
+            None if mask is None else mask[self._b : self._b + 1, ..., :real],
         )
         self.spend(flops)
         return (weight @ seen).index_select(1, self._layout.visual_rows[self._b])
@@ -183,15 +189,19 @@ class SampleSource:
     def _rotary_received(self, params: Mapping[str, Any]) -> Tensor:
         """What the score's query rows would pay each token if all queries and keys were ones."""
         rows, weight = self._state.looking.query_rows(self._key(params)[1], self._layout, self._b)
-        rotary = self._state.kit.backbone.rotary
-        cos, sin = rotary(self._hidden[:1], self._layout.position[self._b][None])
+        backbone = self._state.kit.backbone
+        part = backbone.layers[self._key(params)[0]].tables
+
+        def rotary(position: Tensor) -> list[Tensor]:
+            return [table[0, :, part] for table in backbone.rotary(self._hidden[:1], position[None])]
+
+        cos, sin = rotary(self._layout.position[self._b])
         alive = self._alive
         real = alive.row[self._b] >= 0
         if alive.hidden_key is not None:
             real = real & ~alive.hidden_key[self._b]
         columns = real.nonzero()[:, 0]
-        cos_k, sin_k = rotary(self._hidden[:1], alive.position[self._b][columns][None])
-        seen = ones_attention(cos[0][rows], sin[0][rows], cos_k[0], sin_k[0])
+        seen = ones_attention(cos[rows], sin[rows], *rotary(alive.position[self._b][columns]))
         self.spend(2 * rows.shape[0] * columns.shape[0] * (cos.shape[-1] + 1))
         order = torch.arange(columns.shape[0], device=columns.device)
         place = torch.zeros_like(real, dtype=torch.int64).index_copy(0, columns, order)

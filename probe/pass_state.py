@@ -130,8 +130,13 @@ class PassState:
         """Slots that show noise, as the model wants to see them; never written back to the canvas."""
         if not self.request.conditioned:
             return embeds
-        rows = self.layout.locate(self.request.rows)[..., None].expand(-1, -1, embeds.shape[-1])
-        seen = self.kit.backbone.condition(embeds.gather(1, rows), self.request.previous_logits)
+        places, previous = self.layout.locate(self.request.rows), self.request.previous_logits
+        if self.streams == 2:  # both streams show the same, and were told the same
+            places = places.repeat(2, 1)
+            previous = None if previous is None else previous.repeat(2, 1, 1)
+        rows = places[..., None].expand(-1, -1, embeds.shape[-1])
+        seen = self.kit.backbone.condition(embeds.gather(1, rows), previous)
+        self.flops["backbone"] += self.kit.dims.condition(places.numel(), told=previous is not None)
         return embeds.scatter(1, rows, seen.to(embeds.dtype))
 
     def _rows(self, layout: Layout, position: Tensor, place: Tensor | None) -> Rows:
@@ -244,7 +249,7 @@ class PassState:
             kwargs = {
                 **kwargs,
                 "position_embeddings": self.rope,
-                "attention_mask": self._mask_of(layer),
+                "attention_mask": self.mask_of(layer),
             }
         if self._changed and "position_ids" in kwargs:
             kwargs["position_ids"] = self._ids
@@ -405,7 +410,7 @@ class PassState:
             held = self._made[b]
             self._made[b] = new if held is None else torch.cat([held, new])
 
-    def _mask_of(self, layer: int) -> Tensor | None:
+    def mask_of(self, layer: int) -> Tensor | None:
         """The mask of a layer for the sequence as it is now."""
         if self._masked is not self.keys or self._masked_rows is not self.layout:
             self._masked, self._masked_rows = self.keys, self.layout

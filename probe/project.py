@@ -13,12 +13,19 @@ from probe.errors import ProbeError
 
 
 def projected_attention(
-    modules: LayerModules, hidden: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, form: Form
+    modules: LayerModules,
+    hidden: Tensor,
+    rows: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    form: Form,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Attention `(head, query, row)` float32 of some rows over all, from `hidden (row, width)`, and its FLOPs.
 
     The layer's own norm, query and key projections (PyramidDrop, Xing et al., CVPR 2025); only the rows asked for are
-    projected to queries. `cos`, `sin (row, size)` are the rotary tables.
+    projected to queries. `cos`, `sin (row, size)` are the rotary tables; `mask (1, 1 or head, 1 or row, row)` says who
+    may attend, as layers take it.
     """
     attention: Any = modules.attention
     if modules.pre_attention_norm is None or not hasattr(attention, "q_proj"):
@@ -28,7 +35,10 @@ def projected_attention(
     query = _rotated(attention, "q", normed[rows], cos[rows], sin[rows], size)
     key = _rotated(attention, "k", normed, cos, sin, size)
     at = torch.arange(rows.shape[0], device=rows.device)[None]
-    seen = attention_rows(query[None], key[None], at, None, getattr(attention, "scaling", size**-0.5), form)[0]
+    scaling = getattr(attention, "scaling", size**-0.5)
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, rows]
+    seen = attention_rows(query[None], key[None], at, mask, scaling, form, mask_is_of_rows=True)[0]
     heads, width = query.shape[0], hidden.shape[1]
     projections = 2 * width * size * (rows.shape[0] * heads + hidden.shape[0] * key.shape[0])
     scored = 2 * rows.shape[0] * hidden.shape[0] * size * (key.shape[0] if form == "head_mean_logits" else heads)

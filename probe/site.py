@@ -215,3 +215,8 @@ class ModelFacts:
     class_token: bool = False
     text_tower: bool = False
     refused: tuple[tuple[Site, str], ...] = ()
+
+
+def refuse_encoder(why: str) -> tuple[tuple[Site, str], ...]:
+    """What `ModelFacts.refused` says of an encoder that no probe acts in."""
+    return tuple((site, why) for site in Site if site.in_encoder)

@@ -23,6 +23,7 @@ from probe.decoding import (
     pc_sampler,
     prophet,
     remdm,
+    renoise,
     slowfast,
     wino,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "pc_sampler",
     "prophet",
     "remdm",
+    "renoise",
     "scores",
     "selections",
     "signals",

@@ -24,6 +24,7 @@ from probe.backbones.causal import keep_causal
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.layout import Cells
 from probe.backbones.native import load_native, native_config
+from probe.backbones.pruned import join, prompt_of_survivors
 from probe.backbones.sequence import text_alone, with_pictures
 from probe.backbones.splice import IMAGE
 from probe.backbones.tokens import Tokenizer, load_tokenizer
@@ -177,6 +178,8 @@ class Autoregressive(Backbone):
         layouts = cast(Sequence[Any], features.layout) if features else ()
         ids = self.prompt_ids(question, len(layouts))
         position = self.positions(ids, layouts)
+        if features is not None and features.survivors is not None:
+            return prompt_of_survivors(ids, features.survivors.to(self.device), join(features), self.embed)
         if features is not None:
             tokens, cells = self.lay_out(features)
             return with_pictures(ids, tokens, cells, self.embed, position)

@@ -107,6 +107,12 @@ class Survivors:
     views: Views
     compact: bool = False
 
+    def to(self, device: torch.device) -> Survivors:
+        """The same on another device."""
+        alive = tuple(a.to(device) for a in self.alive)
+        held, view, size, fate = (x.to(device) for x in (self.holder, self.view, self.size, self.fate))
+        return Survivors(alive, held, view, size, fate, self.views, self.compact)
+
 
 @dataclass(frozen=True)
 class Features:
@@ -137,6 +143,8 @@ class LayerModules:
     pre_attention_norm: nn.Module | None = None
     kind: int = 0
     """Which of the masks that `Backbone.sees` returns the layer takes."""
+    tables: slice = field(default_factory=lambda: slice(None), hash=False)
+    """Which part of the rotary tables (`Backbone.rotary`) the layer takes."""
     join: Callable[[Tensor, Tensor, Tensor], Tensor] = add
     """`join(residual, MLP output, position ids)`: the layer's output."""
 
@@ -159,6 +167,8 @@ class GenerationDefaults:
     block_length: int = 128
     steps: int = 128
     stop: tuple[str, ...] = field(default=())
+    stop_without_pictures: bool = False
+    """Whether `stop` also ends answers to questions without a picture (in LLaDA-V's published code it does not)."""
     unmask: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"confidence": {}})
     """Name of the unmasking policy -> its settings, as a recipe writes `generate.unmask`."""
     cache: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"none": {}})
@@ -222,8 +232,11 @@ class Backbone(ABC, nn.Module):
         """Sizes that FLOPs of the encoder are counted from, layer by layer; None where no probe acts in it."""
         return None
 
-    def views(self, images: Sequence[Image.Image]) -> Views:
-        """How `encode_images` cuts these pictures into views. Needed where probes act in the encoder."""
+    def views(self, images: Sequence[Image.Image], *, clip: bool = False) -> Views:
+        """How `encode_images`, or of a `clip` `encode_video`, cuts these pictures into views.
+
+        Needed where probes act in the encoder.
+        """
         raise ProbeError(
             f"{self.facts.name} does not say how pictures are cut into views, so no probe acts in its encoder"
         )

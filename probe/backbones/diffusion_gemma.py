@@ -8,6 +8,7 @@ the pass before expected (`condition`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Self, cast
 
 import torch
@@ -22,10 +23,10 @@ from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerMo
 from probe.backbones.checkpoint import Checkpoint, Tensors, check_names, choose_dtype
 from probe.backbones.diffusion_gemma_modules import (
     DECODER,
-    GemmaDims,
+    GemmaCosts,
     GemmaStack,
+    costs,
     ids_of,
-    layer_dims,
     layer_modules,
     parts,
     published_name,
@@ -65,7 +66,6 @@ class DiffusionGemma(Backbone):
         self.model = GemmaStack(config.text_config)
         self.vision_tower = Gemma4VisionModel(config.vision_config)
         self.embed_vision = parts.DiffusionGemmaMultimodalEmbedder(config.vision_config, config.text_config)
-        self.layer_dims: tuple[GemmaDims, ...] = layer_dims(config.text_config)
         self._layers = layer_modules(self.model)
         self._encoder_layers = tuple(_encoder_modules(layer) for layer in self.vision_tower.encoder.layers)
         self.eval().requires_grad_(False)
@@ -112,6 +112,7 @@ class DiffusionGemma(Backbone):
             block_length=block_length,
             steps=steps,
             stop=stop,
+            stop_without_pictures=True,
             unmask={"renoise": names.sampling_of(checkpoint)},
             cache={"blocks": {}},
         )
@@ -156,6 +157,11 @@ class DiffusionGemma(Backbone):
     def encoder_layers(self) -> Sequence[LayerModules]:
         """The image encoder's layers."""
         return self._encoder_layers
+
+    @cached_property
+    def costs(self) -> GemmaCosts:
+        """What layers, head and self-conditioning cost."""
+        return costs(self.config.text_config)
 
     def row_ids(self, rows: Rows) -> Tensor:
         """`(batch, length, 3)`: position, picture, open."""

@@ -9,10 +9,12 @@ from typing import Any
 
 from probe.backbones.checkpoint import Checkpoint
 from probe.errors import ProbeError
-from probe.site import ModelFacts
+from probe.site import ModelFacts, refuse_encoder
 
 MODEL_TYPE = "diffusion_gemma"
 PUBLISHED_NAME = "google/diffusiongemma-26B-A4B-it"
+POOLED = "its encoder pools squares of patches by their places, which needs every patch; attach at `before_lm`"
+"""Why no probe acts in the encoder."""
 MASK = "<mask>"
 """Stands for undecided slots in traces. The model re-noises and never meets it."""
 
@@ -107,6 +109,7 @@ def _facts(source: str, config: Mapping[str, Any]) -> ModelFacts:
             width=int(text["hidden_size"]),
             vocabulary=int(text["vocab_size"]),
             encoder_layers=int(vision["num_hidden_layers"]),
+            refused=refuse_encoder(POOLED),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ProbeError(f"the config of {source} lacks a usable {error}") from error

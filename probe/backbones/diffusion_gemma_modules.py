@@ -45,27 +45,38 @@ def sees(query: Rows, key: Rows, windows: Sequence[int | None], pictures: bool =
 
     Closed rows are causal, see at most a window back, and (with `pictures`) see all soft tokens of their own picture.
     Open rows see each other and all that lies before the canvas, as far as a closed row in the place of the canvas's
-    first would. Windows go by position: rows that were removed do not let older ones in.
+    first would. What comes before goes by place (by position, where places are not given), windows go by position:
+    rows that were removed do not let older ones in.
     """
-    at, before = query.first_axis[:, :, None], key.first_axis[:, None, :]
-    # padding has position 0; the place of the first open row is sought among open rows alone
-    far = torch.iinfo(torch.int64).max
-    start = query.first_axis.masked_fill(~query.open, far).amin(1)[:, None, None]
-    origin = torch.where(query.open[:, :, None], start, at)
+    place, key_place, itself = query.place, key.place, None
+    if place is None or key_place is None:
+        place, key_place = query.first_axis, key.first_axis
+    else:
+        itself = key_place[:, None, :] == place[..., None]
+    order, origin = _origin(place, query.open), _origin(query.first_axis, query.open)
     together = query.open[:, :, None] & key.open[:, None, :]
     if pictures:
         picture = query.picture[:, :, None]
         together = together | ((picture == key.picture[:, None, :]) & (picture >= 0))
     masks = []
     for window in windows:
-        allowed = before <= origin
+        allowed = key_place[:, None, :] <= order
         if window is not None:
-            allowed = allowed & (before > origin - window)
+            allowed = allowed & (key.first_axis[:, None, :] > origin - window)
         allowed = allowed | together
         if key.real is not None:
             allowed = allowed & key.real[:, None, :]
+            if itself is not None:  # a hidden row, too: kernels differ on rows that see nothing
+                allowed = allowed | itself
         masks.append(allowed[:, None])
     return tuple(masks)
+
+
+def _origin(count: Tensor, opened: Tensor) -> Tensor:
+    """`(batch, length, 1)`: each row's own count; of open rows, that of the first of them."""
+    far = torch.iinfo(torch.int64).max
+    first = count.masked_fill(~opened, far).amin(1, keepdim=True)
+    return torch.where(opened, first, count)[..., None]
 
 
 class FeedForward(nn.Module):
@@ -106,7 +117,7 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config, index)
         self.layer_scalar = nn.Buffer(torch.ones(1))
         self.encoder_scalar = nn.Buffer(torch.ones(1))
-        self._tables = tables
+        self.tables = tables
 
     def forward(
         self,
@@ -118,7 +129,7 @@ class Layer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """`(batch, length, width)` to the same; `position_embeddings` hold the tables of all kinds side by side."""
-        cos, sin = (table[..., self._tables] for table in position_embeddings)
+        cos, sin = (table[..., self.tables] for table in position_embeddings)
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             position_embeddings=(cos, sin),
@@ -246,6 +257,37 @@ class GemmaDims(DecoderDims):
         return super().mlp_block(rows) + 2 * rows * self.width * self.experts
 
 
+@dataclass(frozen=True)
+class GemmaCosts(DecoderDims):
+    """The whole decoder: layers that differ, the head, and what prepares the open canvas."""
+
+    each: tuple[GemmaDims, ...] = ()
+
+    def at(self, layer: int) -> DecoderDims:
+        """The sizes of one layer."""
+        return self.each[layer]
+
+    def condition(self, rows: int, *, told: bool) -> int:
+        """Self-conditioning: the mean embedding that logits expected, if there were any, and its gated MLP."""
+        return 6 * rows * self.width * self.mlp + (2 * rows * self.width * self.vocabulary if told else 0)
+
+
+def costs(config: Any) -> GemmaCosts:
+    """What everything in the decoder costs."""
+    each = layer_dims(config)
+    first = each[0]
+    return GemmaCosts(
+        width=first.width,
+        heads=first.heads,
+        kv_heads=first.kv_heads,
+        head_size=first.head_size,
+        mlp=config.intermediate_size,
+        layers=len(each),
+        vocabulary=first.vocabulary,
+        each=each,
+    )
+
+
 def layer_dims(config: Any) -> tuple[GemmaDims, ...]:
     """The sizes of every layer."""
     return tuple(
@@ -274,6 +316,7 @@ def layer_modules(stack: GemmaStack) -> tuple[LayerModules, ...]:
             mlp=layer.feed_forward,
             pre_attention_norm=layer.input_layernorm,
             kind=stack.kinds.index(kind),
+            tables=layer.tables,
             join=layer.join,
         )
         for layer, kind in zip(cast("Sequence[Layer]", stack.layers), stack.config.layer_types, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.dimple_resize import Preprocessing, preprocessing_of
 from probe.errors import ProbeError
-from probe.site import ModelFacts, Site
+from probe.site import ModelFacts, refuse_encoder
 
 MODEL_TYPE = "dimple"
 PUBLISHED_NAME = "rp-yu/Dimple-7B"
@@ -121,7 +121,7 @@ def _facts(name: str, config: Mapping[str, Any]) -> ModelFacts:
             width=int(config["hidden_size"]),
             vocabulary=int(config["vocab_size"]),
             encoder_layers=int(vision_settings(config)["depth"]),
-            refused=tuple((site, PACKED) for site in Site if site.in_encoder),
+            refused=refuse_encoder(PACKED),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ProbeError(f"the config of {name} lacks a usable {error}") from error

@@ -7,21 +7,24 @@ only then are tiles joined, trimmed and given their newlines (`layout`). Several
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import LlavaNextForConditionalGeneration
 
 from probe.backbones import llava_next_config as names
 from probe.backbones import sequence
 from probe.backbones.anyres import Tiling
 from probe.backbones.autoregressive import Autoregressive
-from probe.backbones.base import Features, LayerModules
+from probe.backbones.base import Features, LayerModules, Views
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.layout import Cells, Layout, Tiled
 from probe.backbones.pixels import cut, normalise, rgb
+from probe.backbones.pruned import views_of
+from probe.cost import EncoderDims, encoder_dims
 from probe.errors import ProbeError
 from probe.site import ModelFacts
 
@@ -32,8 +35,6 @@ class LlavaNext(Autoregressive):
     """LLaVA-NeXT behind the adapter contract."""
 
     native_class = LlavaNextForConditionalGeneration
-    encoder_class_token = True
-    """The first of the encoder's rows is CLIP's class token; it is no visual token."""
 
     @classmethod
     def facts_of(cls, checkpoint: Checkpoint) -> ModelFacts:
@@ -101,15 +102,27 @@ class LlavaNext(Autoregressive):
         squares = [s for image, tiling in zip(images, tilings, strict=True) for s in cut(rgb(image), tiling)]
         return Features(self.encode_views(normalise(squares, self.mean, self.std)), tuple(map(Tiled, tilings)))
 
+    def views(self, images: Sequence[Image.Image], *, clip: bool = False) -> Views:
+        """A base view and tiles of every picture."""
+        if clip:
+            return super().views(images, clip=True)
+        return views_of([Tiled(Tiling(self.geometry, *image.size)) for image in images])
+
+    @property
+    def projector(self) -> nn.Module:
+        """The projector of every patch."""
+        return cast(nn.Module, self.native.model.multi_modal_projector)
+
+    @property
+    def encoder_cost(self) -> EncoderDims:
+        """Sizes of CLIP's layers in use, its class token, and the projector, which takes all feature layers at once."""
+        vision = self.native.config.vision_config
+        dims = replace(encoder_dims(vision, self.facts.width), layers=len(self._encoder_layers), lead=1)
+        return replace(dims, inner=len(self.feature_layers) * vision.hidden_size)
+
     def encode_flops(self, features: Features) -> float:
         """Patch embedding, the layers in use and the projector, for every view; the class token is a row too."""
-        vision, views = self.native.config.vision_config, features.projected.shape[0]
-        n, width, mlp = features.projected.shape[1], vision.hidden_size, vision.intermediate_size
-        rows, out = n + 1, self.facts.width
-        embed = 2 * n * 3 * vision.patch_size**2 * width
-        layer = 2 * rows * 4 * width**2 + 4 * rows * rows * width + 4 * rows * width * mlp
-        projector = 2 * n * (len(self.feature_layers) * width * out + out**2)
-        return float(views * (embed + len(self._encoder_layers) * layer + projector))
+        return float(self.encoder_cost.encode(features.projected.shape[0]))
 
     @torch.no_grad()
     def lay_out(self, features: Features) -> tuple[list[Tensor], Cells]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from probe.backbones.anyres import Geometry, Tiling
 from probe.backbones.autoregressive_config import decoder_facts, whole_number
 from probe.backbones.checkpoint import Checkpoint
 from probe.errors import ProbeError
-from probe.site import ModelFacts
+from probe.site import ModelFacts, Site
 
 MODEL_TYPE = "llava_next"
 DECODERS = ("llama", "mistral", "qwen2")
 ENCODER = "clip_vision_model"
+SEVERAL = "its features come from several layers, which would differ in length"
+"""Why no probe shortens views inside the encoder of such a checkpoint."""
 
 CLIP_LARGE: dict[str, Any] = {
     "model_type": ENCODER,
@@ -116,8 +119,14 @@ def published_count(name: str, sizes: Sequence[tuple[int, int]]) -> int:
 
 def _facts(name: str, config: Mapping[str, Any]) -> ModelFacts:
     text = decoder_settings(config, name)
-    depth = whole_number(encoder_settings(config, name), "num_hidden_layers", None, name)
-    return decoder_facts(name, text["model_type"], text, max(feature_layers(config, depth, name)))
+    encoder = encoder_settings(config, name)
+    depth, image, patch = (
+        whole_number(encoder, key, None, name) for key in ("num_hidden_layers", "image_size", "patch_size")
+    )
+    layers = feature_layers(config, depth, name)
+    facts = decoder_facts(name, text["model_type"], text, max(layers))
+    several = ((Site.ENCODER_LAYER_AFTER_ATTENTION, SEVERAL),) if len(layers) > 1 else ()
+    return replace(facts, patches=(image // patch) ** 2, class_token=True, refused=several)
 
 
 def _count(config: Mapping[str, Any], sizes: Sequence[tuple[int, int]], where: str) -> int:

@@ -95,7 +95,8 @@ def prompt_of_survivors(
 
     The sequence is cut to `limit` positions; tokens that are cut off are dropped ones.
     """
-    device = joined.index.device
+    device = left.holder.device
+    joined = Joined([tokens.to(device) for tokens in joined.tokens], joined.index.to(device))
     done = splice(torch.tensor([list(ids)], device=device), None, joined.tokens, embed, limit=limit)
     used = done.visual[0]
     there = used >= 0

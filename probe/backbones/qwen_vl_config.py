@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from probe.backbones.autoregressive_config import decoder_facts, whole_number
 from probe.backbones.checkpoint import Checkpoint
+from probe.backbones.dimple_config import PACKED
 from probe.backbones.dimple_resize import STEEPEST, Preprocessing, preprocessing_of
 from probe.errors import ProbeError
-from probe.site import ModelFacts
+from probe.site import ModelFacts, refuse_encoder
 
 MODEL_TYPE = "qwen2_5_vl"
 DECODER = "qwen2_5_vl_text"
@@ -96,4 +97,5 @@ def published_count(name: str, sizes: Sequence[tuple[int, int]]) -> int:
 
 
 def _facts(name: str, text: Mapping[str, Any], config: Mapping[str, Any]) -> ModelFacts:
-    return decoder_facts(name, DECODER, text, whole_number(vision_settings(config), "depth", None, name))
+    facts = decoder_facts(name, DECODER, text, whole_number(vision_settings(config), "depth", None, name))
+    return replace(facts, refused=refuse_encoder(PACKED))

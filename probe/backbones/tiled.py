@@ -229,17 +229,19 @@ class TiledBackbone(Backbone):
             return (Tiled(Tiling(geometry, *images[0].size)),)
         return tuple(self.plain(*image.size) for image in images)
 
-    def views(self, images: Sequence[Image.Image]) -> Views:
-        """A base view and tiles of one picture, or one padded square for each of several."""
-        return views_of(self._layouts(images))
+    def views(self, images: Sequence[Image.Image], *, clip: bool = False) -> Views:
+        """A base view and tiles of one picture, one padded square for each of several, or the frames of a clip."""
+        return views_of((self._clip(images),) if clip else self._layouts(images))
 
     def encode_video(self, frames: Sequence[Image.Image]) -> Features:
         """Frames of one clip, pooled by two, separated as the config says; one place in the question."""
+        clip = self._clip(frames)
+        return Features(self.encode_views(frame_views(frames, self._geometry().tile)), (clip,))
+
+    def _clip(self, frames: Sequence[Image.Image]) -> Clip:
         if not frames:
             raise ProbeError("a clip without frames")
-        geometry = self._geometry()
-        clip = Clip(geometry, len(frames), self.newlines)
-        return Features(self.encode_views(frame_views(frames, geometry.tile)), (clip,))
+        return Clip(self._geometry(), len(frames), self.newlines)
 
     def encode_flops(self, features: Features) -> float:
         """Patch embedding, the kept layers and the projector, for every view."""

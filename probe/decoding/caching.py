@@ -1,4 +1,4 @@
-"""Caches of the prompt: which rows are computed once, which at every step."""
+"""Caches of the prompt and of finished blocks: which rows are computed once, which at every step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from probe.decoding.policy import Ask, Caching, State, Work
+from probe.decoding.rule import Rule
+from probe.errors import ProbeError
 from probe.registry import cachings
 from probe.site import Phase
 
@@ -94,3 +96,33 @@ class KeyValue(Caching):
         present = np.ones(state.slots, bool) if ask.absent is None else ~ask.absent
         state.memory["stored"] = present
         return Work("all", cached=True, refresh=True, phase=Phase.REFRESH)
+
+
+@cachings.register(name="blocks")
+@dataclass(frozen=True, kw_only=True)
+class Blocks(Caching):
+    """Prompt and finished blocks are computed once, when the block behind them begins; then the open block alone.
+
+    For models whose finished rows do not see the open block (DiffusionGemma's prefix is causal). There it is exact.
+    """
+
+    def check(self, rule: Rule, shift: int) -> None:
+        """Only decoders that go block by block."""
+        if not rule.unmasking.by_blocks:
+            raise ProbeError("cache `blocks` is for decoders that finish one block before the next begins (`renoise`)")
+
+    def plan(self, state: State, ask: Ask) -> Work:
+        """The open block; with it, in its first pass, what was finished last."""
+        low, high = ask.window
+        at = np.arange(state.slots)
+        if ask.step_in_block:
+            return Work("none", (at >= low) & (at < high), suffix=False, cached=True)
+        if ask.block == 0:
+            return Work("all", at < high, suffix=False, cached=True, refresh=True, phase=Phase.PREFILL)
+        return Work("none", (at >= low - state.rule.block_length) & (at < high), suffix=False, cached=True)
+
+    def refreshed(self, state: State, ask: Ask) -> Work | None:
+        """Everything again."""
+        return Work(
+            "all", np.arange(state.slots) < ask.window[1], suffix=False, cached=True, refresh=True, phase=Phase.REFRESH
+        )

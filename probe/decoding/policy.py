@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probe.decoding import stop
 from probe.decoding.draw import Draw
 from probe.site import Phase
 
@@ -186,6 +187,8 @@ class Unmasking:
 
     decodes_prompt = False
     """Whether prompt rows that equal the mask embedding are decoded as slots (LLaDA-V's published rule does so)."""
+    by_blocks = False
+    """Whether blocks behind the one being decoded are not there yet, and those before it are done."""
 
     def check(self, rule: Rule) -> None:
         """Raise `ProbeError` for settings that the rule cannot run with."""
@@ -205,6 +208,10 @@ class Unmasking:
     def fill(self, state: State, ask: Ask, decision: Decision) -> dict[tuple[int, int], int]:
         """Further slots to write in this pass, {(sample, column): token}, once the commits stand in the state."""
         return {}
+
+    def stop_at(self, ids: Sequence[int], patterns: Sequence[Sequence[int]], known: int | None) -> int | None:
+        """Where an answer ends, once a pass is done; `known` is what was found before. As LLaDA-V looks for it."""
+        return stop.search(ids, patterns, known)
 
     def first_token(self, state: State, ask: Ask, logits: Tensor) -> Decision:
         """What a prefill commits where the logits of its last row are those of the first slot: the arg-max."""

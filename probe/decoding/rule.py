@@ -35,6 +35,8 @@ class Rule:
     suffix: tuple[int, ...] = ()
     eos: int | None = None
     prior: tuple[tuple[int, int], ...] = ()
+    vocabulary: int | None = None
+    """Token ids are below it. For decoders that draw noise tokens."""
     unmasking: Unmasking = field(default_factory=_confidence)
     caching: Caching = field(default_factory=Caching)
     length: Length = field(default_factory=Length)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from gemma_checkpoint import IDS, NativeRun, Store, native, rows, soft_types, tiny_config, write_gemma
+from gemma_checkpoint import IDS, NativeRun, Store, native, processed, rows, soft_types, tiny_config, write_gemma
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaEncoderModel
@@ -14,7 +14,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import Diffusi
 from probe import attend
 from probe.backbones import gemma_prompt as text
 from probe.backbones import load
-from probe.backbones.diffusion_gemma_modules import layer_dims, sees
+from probe.backbones.diffusion_gemma_modules import sees
 from probe.backbones.rows import Rows
 
 LETTERS = (len(IDS), 270)
@@ -124,15 +124,6 @@ def test_pictures(model, oracle, picture):
     assert (blind - encoded).abs().max() > 1e-3
 
 
-def processed(images, grid):
-    """Pictures as the native model takes them: patches in one padded batch."""
-    most = grid.most * grid.pool**2
-    pixels, places = torch.zeros(len(images), most, 12), torch.full((len(images), most, 2), -1)
-    for i, (cut, at) in enumerate(text.patches(image, grid) for image in images):
-        pixels[i, : len(cut)], places[i, : len(at)] = cut, at
-    return {"pixel_values": pixels, "image_position_ids": places}
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_masks_are_the_native_ones(seed):
     """Encoder masks for both kinds of layer: pictures of any place and length, or behind a cache of any length.
@@ -173,6 +164,15 @@ def test_masks_are_the_native_ones(seed):
         lost = past + length - wanted.shape[-1]  # a sliding cache has forgotten the oldest keys
         assert mask[..., lost:].equal(wanted.bool())
         assert not mask[..., :lost].any()
+
+
+def test_rows_that_nobody_sees_see_themselves(model):
+    """Kernels differ on rows that see nothing, and a NaN would spread from there."""
+    known = rows(9, 3)
+    place = torch.arange(12)[None]
+    hidden = Rows(known.position, known.picture, known.open, torch.zeros(1, 12, dtype=torch.bool), place)
+    for mask in model.sees(hidden, hidden):
+        assert mask.equal(torch.eye(12, dtype=torch.bool)[None, None])
 
 
 def test_the_canvas_sees_what_the_native_cache_holds(model, oracle):
@@ -318,13 +318,17 @@ def test_cost_of_every_layer_and_of_pictures(folder, picture):
     embeds = model.embed(letters(13))
     with FlopCounterMode(display=False) as counter:
         run(model, embeds, query)
-    dims = model.layer_dims
+    dims = model.costs.each
     assert counter.get_total_flops() == sum(d.attention(13, 13) + d.mlp_block(13) for d in dims)
-    assert dims == layer_dims(model.lm.config)
+    assert [model.costs.at(i) for i in range(model.costs.layers)] == list(dims)
     assert dims[0].attention(2, 5) != dims[1].attention(2, 5)
     with FlopCounterMode(display=False) as counter:
         model.head(embeds)
-    assert counter.get_total_flops() == dims[0].head(13)
+    assert counter.get_total_flops() == model.costs.head(13)
+    for previous in (None, torch.zeros(1, 13, 272)):
+        with FlopCounterMode(display=False) as counter:
+            model.condition(embeds, previous)
+        assert counter.get_total_flops() == model.costs.condition(13, told=previous is not None)
     with FlopCounterMode(display=False) as counter:
         features = model.encode_images([picture(31, 17), picture(12, 40)])
     assert counter.get_total_flops() == model.encode_flops(features)

@@ -6,14 +6,22 @@ in a model of random weights.
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
 import torch
-from gemma_checkpoint import ENDS, IDS, Store, native, rows, soft_types, write_gemma
-from safetensors.torch import load_file, save_file
+from gemma_checkpoint import (
+    CASES,
+    ENDS,
+    IDS,
+    Steps,
+    Store,
+    calm_copy,
+    native,
+    native_steps,
+    processed,
+    rows,
+    soft_types,
+    write_gemma,
+)
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSampler,
     EntropyBoundSamplerConfig,
@@ -23,7 +31,6 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from probe.backbones import gemma_prompt as text
 from probe.backbones import load
-from probe.backbones.checkpoint import WEIGHTS
 from probe.decoding import renoise
 
 LETTERS = (len(IDS), 270)
@@ -68,37 +75,6 @@ def test_stopping_is_the_native_one(stable):
         history = torch.cat([history, top[None]])[1:] if stable else history
         seen |= set(done.tolist())
     assert seen == {True, False}
-
-
-@dataclass
-class Steps:
-    """What one generation came to, step by step: canvases and conditioning logits, and the tokens."""
-
-    canvas: list[torch.Tensor] = field(default_factory=list)
-    top: list[torch.Tensor] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-
-
-def native_steps(model, ids, seed, **settings):
-    """A native generation, watched."""
-    seen = Steps()
-    step = model._denoising_step
-
-    def watched(**kwargs):
-        out = step(**kwargs)
-        for into, value in zip((seen.canvas, seen.top, seen.logits), out[:3], strict=True):
-            into.append(value.clone())
-        return out
-
-    model._denoising_step = watched
-    torch.manual_seed(seed)
-    try:
-        done = model.generate(ids, return_dict_in_generate=True, **settings)
-    finally:
-        del model._denoising_step
-    seen.tokens = done.sequences[0, ids.shape[1] :].tolist()
-    return seen
 
 
 def our_steps(model, embeds, picture, seed, *, canvases, steps, bound, stable, sure, low=0.4, high=0.8, ends=ENDS):
@@ -146,15 +122,6 @@ def our_steps(model, embeds, picture, seed, *, canvases, steps, bound, stable, s
     return seen
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "one canvas": {"canvases": 1, "steps": 6, "bound": 0.1, "stable": 1, "sure": 0.005},
-    "three canvases": {"canvases": 3, "steps": 4, "bound": 1.0, "stable": 1, "sure": 0.005},
-    "stable": {"canvases": 3, "steps": 20, "bound": 6.0, "stable": 2, "sure": 6.0},
-    "confident": {"canvases": 2, "steps": 9, "bound": 50.0, "stable": 0, "sure": 2.5},
-    "ended": {"canvases": 4, "steps": 3, "bound": 1.0, "stable": 1, "sure": 0.005, "ends": list(range(40, 80))},
-}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_gemma(tmp_path_factory.mktemp("gemma"), dtype=torch.float64)
@@ -163,12 +130,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calm(folder, tmp_path_factory):
     """The same, with tokens that look nearly alike: predictions then hardly depend on the noise, and settle."""
-    quiet = shutil.copytree(folder, tmp_path_factory.mktemp("calm") / "gemma")
-    weights = load_file(quiet / WEIGHTS)
-    table = weights["model.decoder.embed_tokens.weight"]
-    table.copy_(1 + 0.02 * table)
-    save_file(weights, quiet / WEIGHTS, metadata={"format": "pt"})
-    return quiet
+    return calm_copy(folder, tmp_path_factory.mktemp("calm") / "gemma")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -182,12 +144,8 @@ def test_every_step_of_native_generations(folder, calm, picture, case, seed, pic
     ids = torch.where(prompt.ids < 0, IDS[text.PICTURE], prompt.ids)[None]
     given = {}
     if pictures:
-        images = [text.patches(picture(20 + 7 * i, 17), model.grid) for i in range(pictures)]
-        most = max(len(cut) for cut, _ in images)
-        pixels, places = torch.zeros(pictures, most, 12), torch.full((pictures, most, 2), -1)
-        for i, (cut, at) in enumerate(images):
-            pixels[i, : len(cut)], places[i, : len(at)] = cut, at
-        given = {"pixel_values": pixels, "image_position_ids": places, "mm_token_type_ids": soft_types(ids)}
+        images = [picture(20 + 7 * i, 17) for i in range(pictures)]
+        given = {**processed(images, model.grid), "mm_token_type_ids": soft_types(ids)}
     theirs = native_steps(
         oracle,
         ids,

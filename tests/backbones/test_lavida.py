@@ -71,7 +71,7 @@ def test_a_published_folder_loads(folder, kind):
     assert model.shift == {"dream": 1, "llada": 0}[kind]
     assert not model.causal and model.batches
     assert model.facts == facts_of(folder)
-    assert model.facts == ModelFacts(str(folder), 2, 4, 32, LENGTH[kind], 2)
+    assert model.facts == ModelFacts(str(folder), 2, 4, 32, LENGTH[kind], 2, patches=25)
     assert model.special == SpecialIds(*(257 + ADDED[kind].index(t) for t in special_tokens(kind)), ())
     assert model.defaults.cache == {"prefix": {}}
     assert list(model.defaults.unmask) == [{"dream": "dream", "llada": "lavida_llada"}[kind]]

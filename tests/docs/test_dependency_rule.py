@@ -83,7 +83,7 @@ EXACTLY: dict[str, set[str]] = {
     "backbones.base": {"backbones.rows", "cost", "errors", "site"},
     "backbones.rows": set(),
     "decoding.schedule": {"errors"},
-    "decoding.renoise": set(),
+    "decoding.renoise": {"decoding", "errors", "registry"},
     "decoding.stop": set(),
     "decoding.unmask": set(),
     "decoding.draw": set(),

@@ -30,8 +30,8 @@ from probe.loop import Finished, Rule, Step, denoise
 from probe.registry import unmaskings
 from probe.tracer import Tracer
 
-NOT_ALONE = ("autoregressive", "wino", "daedal", "dreamon", "flexmdm", "test_twice")
-"""Need logits that predict the next slot, a shadow of the block, or a length policy of their own."""
+NOT_ALONE = ("autoregressive", "wino", "daedal", "dreamon", "flexmdm", "renoise", "test_twice")
+"""Need logits that predict the next slot, a shadow of the block, noise tokens, or a length policy of their own."""
 SELF_CONTAINED = sorted(e.name for e in unmaskings if e.name not in NOT_ALONE)
 
 
