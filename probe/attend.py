@@ -115,6 +115,8 @@ def attention_rows(
         logits = rearrange(logits, "b kv (group row) key -> b (kv group) row key", row=rows.shape[1])
     logits = logits.float()
     if mask is not None:
+        if mask.shape[1] > logits.shape[1]:  # heads that differ in what they see, in a form that has none
+            mask = mask.any(1, keepdim=True) if mask.dtype == torch.bool else mask.amax(1, keepdim=True)
         if mask.shape[2] > 1 and not mask_is_of_rows:
             mask = mask.expand(batch, *mask.shape[1:])
             mask = mask.gather(2, rows[:, None, :, None].expand(batch, mask.shape[1], rows.shape[1], mask.shape[3]))

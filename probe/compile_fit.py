@@ -22,6 +22,9 @@ _WORDS = {
     "features": "vectors to compare tokens by (such as `features`)",
 }
 
+_HIDDEN = {"hidden", "layer_input", "text_hidden"}
+"""Inputs that need hidden states at the probe's place."""
+
 _IN_LAYER = {"attention", "received", "attended", "rotary_received", "n_queries", "keys", "text_keys"}
 """Inputs that a layer's attention has to have computed."""
 
@@ -108,7 +111,10 @@ def check_layers(site: Site, layer: int | None, score: Call | None, select: Call
     for part, top in parts:
         for call, path in located(part, (top, part.entry.name)):
             for params in call.variants:
-                if _IN_LAYER & set(call.entry.reads(params)):
+                reads = set(call.entry.reads(params))
+                if site is Site.PREFIX_CACHE and (reads := reads & (_IN_LAYER | _HIDDEN) - {"keys"}):
+                    raise Wrong(f"`{min(reads)}` is not to be had from stored keys and values; score by `keys`", *path)
+                if _IN_LAYER & reads:
                     _check_layer(site, layer, params, path, "layer" in call.written)
 
 

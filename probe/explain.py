@@ -19,6 +19,7 @@ _SITES = {
     Site.ENCODER_OUTPUT: "patch features as they leave the image encoder, before the projector",
     Site.PROJECTOR_OUTPUT: "projected patch features, before tiles are joined",
     Site.BEFORE_LM: "the assembled sequence, before layer 0",
+    Site.PREFIX_CACHE: "the stored keys and values, before a pass reads them; it looks at those of {layers}",
     Site.LAYER_INPUT: "the input of {layers}",
     Site.LAYER_ATTENTION: "the attention of {layers}",
     Site.LAYER_AFTER_ATTENTION: "between attention and MLP of {layers}",

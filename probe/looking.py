@@ -88,6 +88,7 @@ class Looking:
         self._under_way: dict[Attended, _Gathering] = {}
         self._received: dict[Attended, tuple[_Gathering, Layout]] = {}
         self._each: set[Attended] = set()
+        self._votes: dict[int, list[tuple[Attended, Any]]] = {}
         self._spent = 0
         self._keys_wanted: set[int] = set()
         self._keys: dict[int, tuple[Tensor, Layout]] = {}
@@ -111,6 +112,13 @@ class Looking:
                 self._wanted.setdefault(probe.layer, set()).add(key)
                 self._records.setdefault(key, []).append((record.name, record.signal))
         if probe.edit is None:
+            return
+        if probe.edit.do.entry.name == "evict":
+            options = probe.edit.do.params(clock)
+            voted: Attended = (probe.layer, options["queries"], "softmax")
+            self._wanted.setdefault(probe.layer, set()).add(voted)
+            self._scored.add(voted)
+            self._votes.setdefault(probe.layer, []).append((voted, options["keep"]))
             return
         if probe.edit.do.entry.meta.get("changes") == "attention":
             change = probe.edit.do.entry.function(**probe.edit.do.params(clock))
@@ -214,6 +222,10 @@ class Looking:
                     if key[1:] == (condition.source, "softmax"):
                         target = (keys.role == int(Role[condition.target.upper()])).to(received.dtype)
                         self._watching.note_attention(condition, (received.mean(1) * target).sum(1))
+
+    def votes(self, layer: int) -> list[tuple[Attended, Any]]:
+        """Attention by which keys are evicted head by head at a layer, where its rows were there, and how many stay."""
+        return [(key, keep) for key, keep in self._votes.get(layer, ()) if key in self._received]
 
     def has(self, key: Attended) -> bool:
         """Whether rows of this kind were there to look."""

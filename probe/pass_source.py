@@ -209,6 +209,10 @@ class SampleSource:
 
     def _keys(self, params: Mapping[str, Any]) -> Tensor:
         assert self._probe.layer is not None
+        if self._probe.site is Site.PREFIX_CACHE:
+            held = self._state.kit.store.layers[self._probe.layer + params.get("layer", 0)]
+            assert held is not None
+            return held.key[self._b].index_select(1, held.layout.locate_in(self._b, self._uids))
         return self._state.looking.keys(
             self._probe.layer + params.get("layer", 0), self._b, self._uids, self._probe.name
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -26,9 +26,10 @@ from probe.cost import DecoderDims
 from probe.decide import decide
 from probe.inputs import asked, reads_prompt
 from probe.ledger import Ledger
-from probe.looking import Looking, Recorder, attended
+from probe.looking import Attended, Looking, Recorder, attended
 from probe.loop import Pass
 from probe.pass_source import SampleSource
+from probe.selections.counts import how_many
 from probe.site import Fate, Phase, Plan, Site
 from probe.store import KeyStore, cut_columns
 from probe.surgery import Layout, hide, narrow, put_values, replan, restore, select, take, take_columns
@@ -48,6 +49,8 @@ class Kit:
     seeds: tuple[int, ...]
     store: KeyStore
     watching: Watch
+    evicted: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: `(batch, head, row)` bool over canvas numbers, the keys that each head still sees (`evict`)."""
 
 
 class PassState:
@@ -182,7 +185,7 @@ class PassState:
     @property
     def uneven(self) -> bool:
         """Whether stored layers differ so that hooks must carry their masks and positions, probes or none."""
-        return self.cached and (bool(self._cuts) or self.kit.store.uneven)
+        return (self.cached and (bool(self._cuts) or self.kit.store.uneven)) or bool(self.kit.evicted)
 
     def _start(self) -> tuple[int, ...]:
         """Where answer slots begin for the layer that runs now: where its stored keys say so."""
@@ -217,6 +220,27 @@ class PassState:
     def leave_attention(self, layer: int) -> None:
         """A layer's attention has run."""
         self.looking.reduce(layer, self.keys)
+        for queries, keep in self.looking.votes(layer):
+            self._evict(layer, queries, keep)
+
+    def _evict(self, layer: int, key: Attended, keep: Any) -> None:
+        """Every head that shares keys keeps the visual keys that its rows attend to most, in all later passes."""
+        heads = self.kit.dims.at(layer).heads
+        group = heads // self.kit.dims.at(layer).kv_heads
+        width = self.canvas.layout.length_at_start
+        seen = torch.ones(self.batch, heads, width + 1, dtype=torch.bool, device=self.keys.row.device)
+        for b in range(self.batch):
+            rows = self.keys.row[b].index_select(0, self.keys.visual_rows[b])
+            rows = rows[rows < width] if self.keys.length_at_start > width else rows
+            if rows.shape[0] == 0:
+                continue
+            votes = self.looking.received(key, b, rows, "evict")
+            votes = votes.reshape(-1, group, votes.shape[1]).mean(1)
+            count = how_many(keep, rows.shape[0], original=self.canvas.originals[b])
+            gone = votes.nan_to_num(nan=-torch.inf).sort(dim=1, descending=True, stable=True).indices[:, count:]
+            for g in range(votes.shape[0]):
+                seen[b, g * group : (g + 1) * group, rows[gone[g]]] = False
+        self.kit.evicted[layer] = seen
 
     def finish(self) -> None:
         """The pass is over: what was removed for good leaves the layers of the store that had already run."""
@@ -245,7 +269,7 @@ class PassState:
         self.entered = hidden, self.layout
         for probe in probes:
             hidden = self._act(probe, layer, hidden, first_layer=layer)
-        if self._changed or self.cached:
+        if self._changed or self.cached or self.kit.evicted:
             kwargs = {
                 **kwargs,
                 "position_embeddings": self.rope,
@@ -353,6 +377,26 @@ class PassState:
             else:
                 self._cuts.append((plans, before))
 
+    def at_store(self, probe: BoundProbe) -> None:
+        """An edit of what is stored, before a pass that reads it: columns leave every layer."""
+        store = self.kit.store
+        held = store.layers[probe.layer or 0]
+        if not self.cached or held is None or probe.edit is None:
+            return
+        alive = held.layout
+        plans, options = self._decide(probe, probe.layer, self.canvas.embeds, alive)
+        if plans is None:
+            return
+        lasting = options["lasts"] == "generation"
+        self.kit.ledger.note(alive, plans, 0, lasting=lasting)
+        if not lasting:
+            self._cuts.append((plans, alive))
+            return
+        self._edit_canvas_after(plans, options, alive)
+        self._cut_store(0, plans, alive, options)
+        self.finish()
+        self._shrunk, self._late_cuts = False, []
+
     def at_final(self, probe: BoundProbe, hidden: Tensor) -> None:
         """A probe on final-normed states. An edit decided there takes effect with the next step."""
         if probe.edit is None:
@@ -415,7 +459,21 @@ class PassState:
         if self._masked is not self.keys or self._masked_rows is not self.layout:
             self._masked, self._masked_rows = self.keys, self.layout
             self._masks, self._ids = self._who_sees_whom(), self._row_ids()
-        return self._masks[self.kit.backbone.layers[layer].kind]
+        mask = self._masks[self.kit.backbone.layers[layer].kind]
+        seen = self.kit.evicted.get(layer)
+        return mask if seen is None else self._per_head(mask, seen)
+
+    def _per_head(self, mask: Tensor | None, seen: Tensor) -> Tensor:
+        """A layer's mask where heads differ in what they still see: `(streams * batch, head, 1 or row, key)`."""
+        spare = seen.shape[2] - 1  # rows that came later are seen by all
+        row = self.keys.row.where((self.keys.row >= 0) & (self.keys.row < spare), spare)
+        own = seen.gather(2, row[:, None].expand(-1, seen.shape[1], -1))[:, :, None]
+        own = torch.cat([own] * self.streams)
+        if mask is None:
+            return own
+        if mask.dtype == torch.bool:
+            return mask & own
+        return mask.masked_fill(~own, torch.finfo(mask.dtype).min / 2)
 
     def _cut(self, probe: BoundProbe, layer: int, hidden: Tensor, *, first_layer: int) -> Tensor:
         before = self.layout
@@ -479,7 +537,7 @@ class PassState:
             return None, options  # its query rows come with the first denoising pass
         if self.cached and reads_prompt(edit, probe.site, self.clock):
             return None, options  # it acted when the prompt was computed
-        rows = alive if layer is None and probe.site is Site.BEFORE_LM else self.layout
+        rows = alive if probe.site in (Site.BEFORE_LM, Site.PREFIX_CACHE) else self.layout
         plans: list[Plan | None] = []
         for b in range(self.batch):
             if not (probe.fires_for(self.clock, b) and self.kit.watching.allows(probe.when, b)):

@@ -87,6 +87,8 @@ class Steps:
     span: Span = Span()
     of: Progress = "steps"
     """What a share of a span is a share of: the nominal steps, the committed slots, or the blocks."""
+    done: bool = False
+    """Exact shares name the step that completes them, not the one that begins after them."""
 
     @classmethod
     def parse(cls, value: Any) -> Steps:
@@ -102,12 +104,17 @@ class Steps:
         if isinstance(value, list | tuple):
             return cls(exactly=_exact(value))
         if isinstance(value, dict):
-            _check_keys(value, ["from", "to", "every", "at", "of"])
-            if "at" in value:
+            _check_keys(value, ["from", "to", "every", "at", "done", "of"])
+            for key in ("at", "done"):
+                if key not in value:
+                    continue
                 if len(value) > 1:
-                    raise Wrong("`at` names the exact steps; it goes without from, to, every and of")
-                points = value["at"] if isinstance(value["at"], list | tuple) else [value["at"]]
-                return cls(exactly=_exact(points, "at"))
+                    raise Wrong(f"`{key}` names the exact steps; it goes without any other key")
+                points = value[key] if isinstance(value[key], list | tuple) else [value[key]]
+                exact = _exact(points, key)
+                if key == "done" and not all(isinstance(p, float) and p > 0 for p in exact):
+                    raise Wrong("names the steps that complete shares, such as [25%, 50%], each above 0%", "done")
+                return cls(exactly=exact, done=key == "done")
             start = _number_or_share(value.get("from", 0), "a step", "from")
             stop = None if value.get("to") is None else _number_or_share(value["to"], "a step", "to")
             return cls(span=Span(start, stop, _every(value)), of=_progress(value, start, stop))
@@ -128,7 +135,7 @@ class Steps:
             of = {} if self.of == "steps" else {"of": self.of}
             return "all" if self.span == Span() and not of else self.span.spelled() | of
         alone = self.exactly in (("first",), ("last",), ("prefill",))
-        return self.exactly[0] if alone else {"at": list(self.exactly)}
+        return self.exactly[0] if alone else {"done" if self.done else "at": list(self.exactly)}
 
     @property
     def by_sample(self) -> bool:
@@ -155,7 +162,7 @@ class Steps:
     def includes(self, step: int, nominal_steps: int) -> bool:
         """Whether `step` of `nominal_steps` is one of them."""
         if self.exactly is not None:
-            return any(step == step_index(point, nominal_steps) for point in self.exactly)
+            return any(step == step_index(point, nominal_steps) - self.done for point in self.exactly)
         start = step_index(self.span.start, nominal_steps)
         if step < start or (step - start) % self.span.every:
             return False

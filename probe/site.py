@@ -117,6 +117,7 @@ class Site(StrEnum):
     ENCODER_OUTPUT = "encoder.output"  # patch features of every view, before the projector
     PROJECTOR_OUTPUT = "projector.output"  # projected features of every view, before tiles are joined
     BEFORE_LM = "before_lm"  # the assembled sequence, before layer 0
+    PREFIX_CACHE = "prefix_cache"  # stored keys and values, before a pass reads them; `layer`: whose keys are scored
     LAYER_INPUT = "layer.input"
     LAYER_ATTENTION = "layer.attention"  # the attention rows of the layer
     LAYER_AFTER_ATTENTION = "layer.after_attention"  # the residual stream between attention and MLP
@@ -127,7 +128,7 @@ class Site(StrEnum):
     @property
     def has_layers(self) -> bool:
         """Whether the site exists once per layer (and a probe at it must name layers)."""
-        return self.value.startswith(("layer.", "encoder.layer."))
+        return self.value.startswith(("layer.", "encoder.layer.")) or self is Site.PREFIX_CACHE
 
     @property
     def in_encoder(self) -> bool:
@@ -140,6 +141,7 @@ EDIT_SITES: tuple[Site, ...] = (
     Site.ENCODER_OUTPUT,
     Site.PROJECTOR_OUTPUT,
     Site.BEFORE_LM,
+    Site.PREFIX_CACHE,
     Site.LAYER_INPUT,
     Site.LAYER_AFTER_ATTENTION,
     Site.LAYER_OUTPUT,

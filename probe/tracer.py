@@ -80,8 +80,11 @@ class Tracer:
         with watch.section("probe"):
             for probe in (p for p in firing if p.site is Site.BEFORE_LM):
                 state.at_canvas(probe)
+            for probe in (p for p in firing if p.site is Site.PREFIX_CACHE):
+                state.at_store(probe)
         with watch.section("backbone"):
-            hidden = self._run(state, [p for p in firing if p.site.has_layers], request)
+            inside = [p for p in firing if p.site.has_layers and p.site is not Site.PREFIX_CACHE]
+            hidden = self._run(state, inside, request)
         places = self._head_places(state, request)
         with watch.section("head"):
             rows = places.repeat(state.streams, 1)

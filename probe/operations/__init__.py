@@ -26,7 +26,7 @@ Options that they share:
 
 from __future__ import annotations
 
-from probe.operations.attention import mask, reweight_attention, skip_layers
+from probe.operations.attention import evict, mask, reweight_attention, skip_layers
 from probe.operations.merging import append, merge
 from probe.operations.options import AnswerPositions, Lasts, OnCache, Ordering, Protect
 from probe.operations.plans import sources, unmerge
@@ -42,6 +42,7 @@ __all__ = [
     "append",
     "clusters",
     "drop",
+    "evict",
     "mask",
     "merge",
     "recycle",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from probe.operations.options import QUIET, Lasts, Protect
 from probe.registry import operations
-from probe.site import Fate, Plan, Reweight, Site
+from probe.selections.counts import Keep
+from probe.site import Fate, Plan, QuerySet, Reweight, Site
 
 Segment = Literal["system", "visual", "newline", "question", "answer", "masked", "filled"]
 """A role of positions, or the answer slots that are still masked, or filled."""
@@ -49,3 +50,14 @@ def reweight_attention(
     tokens; its exact formula is not established.
     """
     return Reweight(from_, to, factor)
+
+
+@operations.register(default_select="all", changes="attention", sites=(Site.LAYER_ATTENTION,))
+def evict(*, keep: Keep, queries: QuerySet = "masked") -> None:
+    """Hide visual keys head by head, from the next pass on: each group of heads keeps those that its rows look at most.
+
+    MaskKV (2025, arXiv 2510.09309) evicts prompt keys and values by the votes of mask tokens, with budgets per layer (a
+    list behind `keep`) and head. Here keys are hidden from the heads that voted against them, not moved, so the logits
+    are those of eviction and no time is saved; only visual keys are voted on. Its code is not released, and how it
+    shares the budget among heads is not established: every group keeps the same number. Needs no selection.
+    """

@@ -135,6 +135,11 @@ EDITS: dict[str, str] = {
   at: {site: layer.attention, layers: all}
   do: {reweight_attention: {from: [answer], to: [visual], factor: 3.0}}
 """,
+    "evict": """
+- name: edit
+  at: {site: layer.attention, layers: [1, 2], steps: first}
+  do: {evict: {keep: 0.25, queries: answer}}
+""",
     "rotary": """
 - name: edit
   at: {site: layer.output, layer: 2}

@@ -182,3 +182,93 @@ def test_flops_with_a_cache_are_torchs(
     with FlopCounterMode(display=False) as counter:
         out = run_probes(tiny_eager, prompts, NOTHING if edit == "none" else EDITS[edit], caching=caching)[0]
     assert out.arrays["flops"].sum() == counter.get_total_flops()
+
+
+STORED = """
+- name: edit
+  at: {site: prefix_cache, layer: -1, steps: {at: [50%]}}
+  score: {similarity: {space: keys}}
+  select: {greedy_diverse: {keep: 0.25, start: random}}
+  do: {drop: {lasts: generation}}
+"""
+
+
+def test_dropping_from_the_store_is_dropping_columns(tiny: LladaV, prompts_for: Any, run_probes: Any) -> None:
+    """The study's late DivPrune over cached keys: the same tokens leave every layer, from that step on."""
+    prompts = prompts_for(tiny, 2)
+    for out in run_probes(tiny, prompts, STORED + RECORD, caching=PrefixLM()):
+        nominal, phase = out.arrays["nominal_step"], out.arrays["phase_of_pass"]
+        fates, n = out.arrays["visual_kept"], out.arrays["visual_kept"].shape[-1]
+        late = (nominal >= 2) & (phase == 1)
+        assert (fates[~late] == int(Fate.KEPT)).all()
+        assert ((fates[late] == int(Fate.KEPT)).sum(-1) == round(n / 4)).all()
+        assert (fates[late] == fates[late][:1, :1]).all()
+        seen = ~np.isnan(out.arrays["visual_importance"])
+        np.testing.assert_array_equal(seen[late], fates[late] == int(Fate.KEPT))
+    masked = STORED.replace("{drop: {lasts", "{mask: {lasts")
+    for dropped, hidden in zip(
+        run_probes(tiny, prompts, STORED, caching=PrefixLM()),
+        run_probes(tiny, prompts, masked, caching=PrefixLM()),
+        strict=True,
+    ):
+        assert dropped.ids == hidden.ids
+        np.testing.assert_allclose(dropped.arrays["confidence"], hidden.arrays["confidence"], atol=2e-5)
+
+
+@torch.inference_mode()
+def test_answers_can_stand_where_the_cut_cache_ends(tiny: LladaV, prompts_for: Any) -> None:
+    """`answer_positions: shrunk`, as in the release: answers move up by what was cut, stored keys do not."""
+    (prompt,) = prompts_for(tiny, 1)
+    shrunk = STORED.replace("lasts: generation", "lasts: generation, answer_positions: shrunk")
+    moved, tracer = steps_of(tiny, [prompt], PrefixLM(), shrunk)
+    kept, _ = steps_of(tiny, [prompt], PrefixLM(), STORED)
+    late = next(i for i, s in enumerate(moved) if s.clock.step == 2)
+    assert torch.equal(moved[late - 1].logits, kept[late - 1].logits)
+    held = tracer.kit.store.layers[0].layout
+    n, p = prompt.n_visual, prompt.embeds.shape[0]
+    gone = n - round(n / 4)
+    assert held.answer_start == (p - gone,)
+    # by hand: the cut prompt's keys at their own positions, the answer from p - gone on
+    alive = held.row[0, : p - gone].sort().values
+    full = tiny.lm(inputs_embeds=prompt.embeds[None], position_ids=torch.arange(p)[None], attention_mask=None)
+    assert full is not None
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    tiny.lm(
+        inputs_embeds=prompt.embeds[None], position_ids=torch.arange(p)[None], attention_mask=None,
+        past_key_values=cache, use_cache=True,
+    )  # fmt: skip
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, alive], layer.values[:, :, alive]
+    answer = tiny.embed(torch.as_tensor(moved[late - 1].tokens[0]))[None]
+    for start, wanted in ((p - gone, moved[late]), (p, kept[late])):
+        columns = DynamicCache()
+        for i, layer in enumerate(cache.layers):
+            columns.update(layer.keys.clone(), layer.values.clone(), i)
+        hidden = tiny.lm(
+            inputs_embeds=answer,
+            position_ids=torch.arange(start, start + 8)[None],
+            attention_mask=torch.ones(1, 1, 8, p - gone + 8, dtype=torch.bool),
+            past_key_values=columns,
+            use_cache=True,
+        ).last_hidden_state[0]
+        logits = tiny.head(hidden)[wanted.slots]
+        logits[:, list(tiny.special.suppressed)] = -torch.inf
+        torch.testing.assert_close(wanted.logits[0], logits, atol=2e-4, rtol=1e-4)
+
+
+def test_heads_differ_in_what_they_see_after_evict(tiny: LladaV, prompts_for: Any, run_probes: Any) -> None:
+    """Each head's attention falls on just as many visual keys as `keep` says, in the layers and passes behind."""
+    prompts = prompts_for(tiny, 2)
+    record = "- name: mass\n  at: {site: layer.attention, layers: all}\n  record: [{attention_mass: {heads: each}}]\n"
+    text = EDITS["evict"].replace("keep: 0.25", "keep: 0")
+    for caching in (PrefixLM(), None):
+        more = {} if caching is None else {"caching": caching}
+        for out in run_probes(tiny, prompts, text + record, **more):
+            mass = out.arrays["attention_mass"][..., 0, :] if out.arrays["attention_mass"].ndim == 5 else None
+            assert mass is not None
+            visual = mass[..., 1] + mass[..., 2]  # (step, layer, head): visual tokens and newlines
+            nominal = out.arrays["nominal_step"]
+            assert np.nanmax(visual[nominal > 0][:, [1, 2]]) == 0
+            assert np.nanmin(visual[nominal > 0][:, [0, 3]]) > 0
