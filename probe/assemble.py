@@ -134,6 +134,11 @@ ALWAYS: tuple[Variable, ...] = (
         "positions before the answer",
         "positions of system, visual span and question", dtype="int32",
     ),
+    Variable(
+        "visual_original", (), "1",
+        "visual tokens that the sample would have had without any intervention",
+        "not the length of the axis visual where probes acted before the language model", dtype="int32",
+    ),
 )  # fmt: skip
 """The variables of every trace: what the loop knows anyway."""
 

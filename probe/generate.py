@@ -121,6 +121,7 @@ def generate(
             "peak_memory": np.array(_peak_memory(device)),
             "rows_computed": np.array([tracer.rows[i][b] for i in passes], np.int32),
             "prompt_length": np.array(prompt.embeds.shape[0]),
+            "visual_original": np.array(prompt.n_original),
         }
         ids = finished.output[b]
         out.append(Generated(ids, backbone.decode(ids), total, arrays))

@@ -16,6 +16,7 @@ from probe.errors import ProbeError
 from probe.recipe import Part, Recipe
 from probe.recipe_words import Wrong
 from probe.registry import Registry, cachings, lengths, nearest, unmaskings
+from probe.site import Site
 
 MASK = "[MASK]"
 """What stands for an open slot in `generate.answer`."""
@@ -78,20 +79,27 @@ def check_reach(backbone: Backbone, recipe: Recipe, caching: Caching) -> None:
         if probe.at.steps.exactly == ("prefill",) and isinstance(caching, NoCache):
             words = "`prefill` is when the prompt is computed for a cache, and there is none: set `generate.cache`"
             raise recipe.fault(("probes", i, "at", "steps"), words)
+        if probe.at.site is Site.PREFIX_CACHE and isinstance(caching, NoCache):
+            words = "`prefix_cache` is where keys are stored, and there is no cache: set `generate.cache`"
+            raise recipe.fault(("probes", i, "at", "site"), words)
         if not backbone.causal:
             continue
         words = "`masked` rows never come: {} writes one token after the other; try `last`, or `answer`"
         for j, condition in enumerate(probe.at.when):
             if condition.source == "masked":
                 raise recipe.fault(("probes", i, "at", "when", j, "from"), words.format(backbone.facts.name))
-        if probe.score is not None and "masked" in _named(probe.score.params, "queries"):
-            raise recipe.fault(("probes", i, "score"), words.format(backbone.facts.name))
+        for key in ("score", "select", "do"):
+            part = getattr(probe, key)
+            if part is not None and "masked" in _named(part.params, "queries") | _named(part.params, "from"):
+                raise recipe.fault(("probes", i, key), words.format(backbone.facts.name))
 
 
 def _named(params: Any, key: str) -> set[str]:
     """What stands behind a key anywhere in nested parameters."""
     if isinstance(params, Mapping):
-        own = {params[key]} if isinstance(params.get(key), str) else set()
+        given = params.get(key)
+        listed = given if isinstance(given, list | tuple) else [given]
+        own = {word for word in listed if isinstance(word, str)}
         return own.union(*(_named(value, key) for value in params.values()))
     return set().union(*(_named(item, key) for item in params)) if isinstance(params, list | tuple) else set()
 

@@ -21,7 +21,7 @@ from probe.backbones import load
 from probe.backbones.base import Backbone, Prompt
 from probe.compile import ProbeTable, Record, compile_recipe
 from probe.data.pictures import on_sheet
-from probe.encoder import encode_with_probes
+from probe.encoder import Encoded, encode_with_probes
 from probe.errors import ProbeError
 from probe.generate import Generated, OnStep, generate
 from probe.generation import rule_for
@@ -331,18 +331,16 @@ class _Seen:
 def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, *, think: bool) -> _Seen:
     """Encode a sample's pictures or clip under a table's probes, and lay the prompt out."""
     watch = Stopwatch(next(backbone.parameters()).device)
-    features, flops, probe_flops, arrays = None, 0.0, 0.0, dict[str, np.ndarray]()
+    done: Encoded | None = None
     with watch.section("encode"):
-        if sample.frames:
-            if table.encoder:
-                raise ProbeError("probes in the encoder act on pictures, not on the frames of a clip")
-            features = backbone.encode_video(sample.frames)
-            flops = backbone.encode_flops(features)
-        elif sample.images:
-            done = encode_with_probes(backbone, sample.images, table, question=sample.question, seed=seed, watch=watch)
-            features, flops, probe_flops, arrays = done.features, done.flops, done.probe_flops, done.arrays
+        if sample.pictures:
+            given = {"question": sample.question, "seed": seed, "watch": watch, "clip": bool(sample.frames)}
+            done = encode_with_probes(backbone, sample.pictures, table, **given)
     seconds = sum(watch.drain().values())
-    return _Seen(backbone.assemble(sample.question, features, think=think), seconds, flops, probe_flops, arrays)
+    if done is None:
+        return _Seen(backbone.assemble(sample.question, None, think=think), seconds, 0.0, 0.0, {})
+    prompt = done.assemble(backbone, sample.question, think=think)
+    return _Seen(prompt, seconds, done.flops, done.probe_flops, done.arrays)
 
 
 def _charged(result: Generated, seen: _Seen) -> Generated:

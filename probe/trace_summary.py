@@ -66,6 +66,13 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
+def original_count(trace: Trace, row: int) -> int:
+    """Visual tokens that a sample would have without any intervention; 0 where the trace does not say."""
+    if "visual_original" in trace.variables:
+        return int(trace.row("visual_original", row))
+    return int(trace.extents(row).get("visual", 0))
+
+
 def _retention(trace: Trace, failed: np.ndarray) -> tuple[float | None, float | None]:
     """Mean share of visual tokens kept, and mean number of them, from `visual_tokens` or else `visual_kept`."""
     shares: list[float] = []
@@ -75,8 +82,8 @@ def _retention(trace: Trace, failed: np.ndarray) -> tuple[float | None, float | 
         return None, None
     for i in np.flatnonzero(~failed).tolist():
         values = trace.row(name, i)
-        total = trace.extents(i).get("visual", 0)
-        if name == "visual_kept":
+        total = original_count(trace, i)
+        if name == "visual_kept" and "visual_original" not in trace.variables:
             known = values != 0
             share = np.mean(values[known] == Fate.KEPT) if known.any() else math.nan
         else:

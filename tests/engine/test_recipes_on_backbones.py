@@ -33,12 +33,12 @@ from probe.site import Clock, Fate, Phase, Site
 
 LAYERS = 4
 QUESTIONS = ("What is it?", "Read the page, please.")
-SIZES = ((60, 30), (28, 56))
+SIZES = ((60, 30), (30, 56))
 NAMES = [i.name for i in shipped_recipes() if i.name.startswith(("prune/", "study/"))]
 COMES = {"jump": -1.0, "confidence": 0.0, "below": 1.0}
 """Dials of recipes that wait for a signal, turned so that it comes."""
-FOUR_LAYERS = {"prune/sparsevlm_rank": "layers=[0,1,2,3]"}
-"""Shares of the depth that fall together in four layers."""
+FOUR_LAYERS = {"prune/sparsevlm_rank": "layers=[0,1,2,3]", "prune/downsample": "scale=0.95"}
+"""Shares of the depth that fall together in four layers; pictures that would be smaller than a patch of Dimple."""
 
 
 def _autoregressive(write: Callable[..., Path], **config: Any) -> Callable[[Path], Path]:
@@ -153,7 +153,7 @@ def _prompt(model: Backbone, table: ProbeTable, i: int) -> Prompt:
     key = (id(model), i)
     if table.encoder or key not in _PROMPTS:
         done = encode_with_probes(model, [picture(SIZES[i])], table, question=QUESTIONS[i], seed=i)
-        prompt = model.assemble(QUESTIONS[i], done.features)
+        prompt = done.assemble(model, QUESTIONS[i])
         if table.encoder:
             return prompt
         _PROMPTS[key] = prompt
@@ -166,12 +166,14 @@ def _prompt(model: Backbone, table: ProbeTable, i: int) -> Prompt:
 def refusal(recipe: Recipe, model: Backbone, cached: bool) -> str | None:
     """Why a recipe cannot run on a backbone, in a word that the message must have; None where it can."""
     text, cache_name = recipe.to_yaml(), next(iter(model.defaults.cache)) if cached else "none"
-    sites = {probe.at.site for probe in recipe.probes}
+    sites = {probe.at.site for probe in recipe.probes} - {Site.IMAGES}
     if "text_image" in text and not model.facts.text_tower:
         return "no text tower|encoder"
     offered = model.encoder_cost is not None and not sites & set(dict(model.facts.refused))
     if any(site.in_encoder for site in sites) and not offered:
         return "encoder"
+    if Site.PREFIX_CACHE in sites and cache_name == "none":
+        return "there is no cache: set `generate.cache`"
     if any(probe.at.steps.exactly == ("prefill",) for probe in recipe.probes) and cache_name == "none":
         return "there is none: set `generate.cache`"
     if model.causal and re.search(r"(queries|from): \[?\$?masked|queries: masked", _spelled(recipe)):
@@ -183,7 +185,7 @@ def refusal(recipe: Recipe, model: Backbone, cached: bool) -> str | None:
 
 def _spelled(recipe: Recipe) -> str:
     """Scores and conditions with their dials replaced."""
-    parts = [str(p.score.params if p.score else "").replace("'", "") for p in recipe.probes]
+    parts = [str([x.params for x in (p.score, p.select, p.do) if x]).replace("'", "") for p in recipe.probes]
     return " ".join([*parts, *(f"from: {c.source}" for p in recipe.probes for c in p.at.when)])
 
 
@@ -211,7 +213,9 @@ def planned(ran: Ran, b: int, cache_name: str) -> np.ndarray | None:
                 out[i, layer] = 0
                 continue
             target = 0 if do.entry.name == "withdraw" else _kept(probe, clock, n)
-            first = {Site.BEFORE_LM: 0, Site.LAYER_INPUT: layer, Site.FINAL: LAYERS}.get(probe.site, layer + 1)
+            first = {Site.BEFORE_LM: 0, Site.PREFIX_CACHE: 0, Site.LAYER_INPUT: layer, Site.FINAL: LAYERS}.get(
+                probe.site, layer + 1
+            )
             out[i, first:] = np.minimum(out[i, first:], target)
             if do.params(clock).get("lasts") == "generation":
                 after = min(after, target)
@@ -336,3 +340,38 @@ def test_tokens_that_live_for_one_pass_are_not_stored(backbone: Callable[..., Ba
         assert extra[0].max() > 0
         assert (extra[1:] == 0).all()
         check(ran, next(iter(backbone(model).defaults.cache)))
+
+
+@pytest.mark.parametrize("model", BUILDERS)
+def test_a_smaller_picture_is_counted_against_the_whole_one(
+    model: str, backbone: Callable[..., Backbone], routers: Path
+) -> None:
+    it, recipe = backbone(model), ready("prune/downsample", routers, cached=True)
+    whole = it.encode([picture((112, 84))], QUESTIONS[0])
+    table = compile_recipe(recipe.with_sets(["scale=0.5"]), it.facts)
+    small = encode_with_probes(it, [picture((112, 84))], table).assemble(it, QUESTIONS[0])
+    direct = it.encode([picture((112, 84)).resize((56, 42), Image.Resampling.BICUBIC)], QUESTIONS[0])
+    assert torch.equal(small.embeds, direct.embeds)
+    assert small.n_original == whole.n_visual == whole.n_original
+    assert small.n_visual == direct.n_visual
+    rule = rule_for(it, recipe, {}, pictures=True)
+    assert int(generate(it, [small], rule, table)[0].arrays["visual_original"]) == whole.n_visual
+    same = compile_recipe(recipe.with_sets(["scale=1.0"]), it.facts)
+    assert torch.equal(
+        encode_with_probes(it, [picture((112, 84))], same).assemble(it, QUESTIONS[0]).embeds, whole.embeds
+    )
+
+
+@torch.inference_mode()
+def test_pooling_is_torchs_average_of_squares(backbone: Callable[..., Backbone], routers: Path) -> None:
+    """Every view behind the projector, against `avg_pool2d` with smaller squares at the edges."""
+    it = backbone(next(m for m in BUILDERS if "LLaDA-V" in m))
+    bare = it.encode_images([picture((60, 30))]).projected
+    side = round(bare.shape[1] ** 0.5)
+    table = compile_recipe(ready("prune/pool", routers, cached=True).with_sets(["side=3"]), it.facts)
+    done = encode_with_probes(it, [picture((60, 30))], table).features
+    grid = bare.reshape(-1, side, side, bare.shape[2]).permute(0, 3, 1, 2)
+    pooled = torch.nn.functional.avg_pool2d(grid, 3, ceil_mode=True).flatten(2).transpose(1, 2)
+    assert done.survivors is not None
+    for view, alive in enumerate(done.survivors.alive):
+        torch.testing.assert_close(done.projected[view, : alive.shape[0]], pooled[view], atol=1e-5, rtol=1e-5)
