@@ -118,13 +118,16 @@ def check(
 ) -> None:
     """Say in words what a recipe will do on a backbone, without loading its weights."""
     from probe.backbones import facts_of, visual_count
+    from probe.composition import check_without_weights
     from probe.explain import explain
     from probe.plugins import load_plugins
 
     load_plugins(plugin or [])
     loaded = recipe_of(recipe, sets, backbone=backbone)
     n_visual = visual_count(loaded.backbone, [size_of(picture)]) if picture is not None else None
-    out.print(explain(loaded, facts_of(loaded.backbone), n_visual), highlight=False, markup=False)
+    facts = facts_of(loaded.backbone)
+    check_without_weights(loaded, facts)
+    out.print(explain(loaded, facts, n_visual), highlight=False, markup=False)
 
 
 @app.command()

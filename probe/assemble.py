@@ -25,7 +25,8 @@ from probe.timing import PHASES
 from probe.trace_schema import Variable
 
 _FATES = {fate.name.lower(): int(fate) for fate in Fate}
-_PASSES = {phase.value: i for i, phase in enumerate(Phase)}
+_PASSES = {phase.value: i for i, phase in enumerate(Phase, 1)}
+_ON_CACHE = {"none": 0, "columns": 1, "refresh": 2}
 _ROLES = {role.name.lower(): int(role) for role in (Role.VISUAL, Role.NEWLINE)}
 
 ALWAYS: tuple[Variable, ...] = (
@@ -62,7 +63,12 @@ ALWAYS: tuple[Variable, ...] = (
     Variable(
         "recomputed", ("step", "position"), "1",
         "whether the pass computed the slot's row",
-        "1 if the row of slot i was a query of the pass", dtype="uint8",
+        "1 if the row of slot i was a query of the pass (of its first layer, where layers choose)", dtype="uint8",
+    ),
+    Variable(
+        "removal_on_cache", ("step",), "1",
+        "how stored features follow a removal for good: their columns are cut, or the next pass computes everything",
+        "option on_cache of the removal; columns where the cache cannot be refreshed", dtype="uint8", flags=_ON_CACHE,
     ),
     Variable(
         "slot_place", ("step", "position"), "1",
@@ -130,20 +136,25 @@ ALWAYS: tuple[Variable, ...] = (
         "max over the sample of bytes allocated", dtype="float64",
     ),
     Variable(
+        "unreached", (), "1",
+        "interventions whose steps the decoding did not reach (it ended early, or they lie behind its last step)",
+        "number of interventions with no step among those that ran", dtype="int32",
+    ),
+    Variable(
         "prompt_length", (), "1",
         "positions before the answer",
         "positions of system, visual span and question", dtype="int32",
-    ),
-    Variable(
-        "visual_original", (), "1",
-        "visual tokens that the sample would have had without any intervention",
-        "not the length of the axis visual where probes acted before the language model", dtype="int32",
     ),
 )  # fmt: skip
 """The variables of every trace: what the loop knows anyway."""
 
 
 ENCODER: tuple[Variable, ...] = (
+    Variable(
+        "visual_original", (), "1",
+        "visual tokens that the sample would have without pruning: what retention is a share of",
+        "tokens of the visual span of the unpruned sequence", dtype="int32",
+    ),
     Variable(
         "encoder_tokens", ("encoder_layer", "view"), "1",
         "tokens of each view in the encoder layer's attention",
@@ -227,6 +238,8 @@ class _Kept:
     remasked: Tensor | None
     numbers: np.ndarray
     computed: np.ndarray
+    chosen: Tensor | None
+    on_cache: str | None
 
 
 StepLogits = dict[int, tuple[list[int], Tensor]]
@@ -236,7 +249,8 @@ StepLogits = dict[int, tuple[list[int], Tensor]]
 class Gatherer:
     """Collects one batch's steps, then hands out each sample's arrays.
 
-    `reference` holds the unpruned run's logits, for signals that compare with it; `collected`, if given, is filled with
+    `reference` holds the unpruned run's logits and `uncached` those of the run without a cache, for signals that
+    compare with them; `collected`, if given, is filled with
     this run's own.
     """
 
@@ -247,9 +261,10 @@ class Gatherer:
         gen_length: int,
         *,
         reference: StepLogits | None = None,
+        uncached: StepLogits | None = None,
         collected: StepLogits | None = None,
     ) -> None:
-        self._reference = reference or {}
+        self._others = {"reference": reference or {}, "uncached": uncached or {}}
         self._collected = collected
         self.layers = layers
         self.gen_length = gen_length
@@ -287,18 +302,21 @@ class Gatherer:
                 step.remasked,
                 every if step.numbers is None else step.numbers,
                 np.ones_like(step.tokens, bool) if step.computed is None else step.computed,
+                step.chosen,
+                step.on_cache,
             )
         )
 
     def _signal(self, call: Call, step: Step) -> Tensor | None:
         """`(batch, row)` of one signal; NaN in rows that a comparison has no counterpart for."""
         entry, params = call.entry, call.params(step.clock)
-        if "reference" not in entry.needs:
+        compared = next((n for n in entry.needs if n in self._others), None)
+        if compared is None:
             given = {"logits": step.logits, "confidence": step.confidence}
             return cast(Tensor, entry.function(*(given[n] for n in entry.needs), **params))
-        if step.clock.step not in self._reference:
+        if step.clock.step not in self._others[compared]:
             return None
-        slots, logits = self._reference[step.clock.step]
+        slots, logits = self._others[compared][step.clock.step]
         common = [s for s in step.slots if s in slots]
         if not common:
             return None
@@ -307,7 +325,7 @@ class Gatherer:
         given = {
             "logits": step.logits[:, here],
             "confidence": step.confidence[:, here],
-            "reference": logits[:, there],
+            compared: logits[:, there],
         }
         value = entry.function(*(given[n] for n in entry.needs), **params)
         rows = torch.full_like(step.confidence, torch.nan)
@@ -328,13 +346,15 @@ class Gatherer:
             numbers = steps[i].numbers
             token[at, numbers] = steps[i].tokens[sample]
             place[at, numbers] = np.arange(len(numbers))
-            computed[at, numbers] = steps[i].computed[sample]
+            chosen = steps[i].chosen
+            computed[at, numbers] = steps[i].computed[sample] if chosen is None else chosen[sample].cpu().numpy()
         out: dict[str, np.ndarray] = {
             "token": token,
             "slot_place": place,
             "recomputed": computed,
             "nominal_step": np.array([steps[i].clock.step for i in took_part], np.int32),
             "block": np.array([steps[i].clock.block for i in took_part], np.int32),
+            "removal_on_cache": np.array([_ON_CACHE[steps[i].on_cache or "none"] for i in took_part], np.uint8),
             "phase_of_pass": np.array([_PASSES[steps[i].clock.phase.value] for i in took_part], np.uint8),
         }
         for name, rows in self._rows.items():

@@ -61,6 +61,7 @@ class _Asked:
     requests: tuple[RowRequest, ...]
     timed: Callable[[], AbstractContextManager[None]]
     keys: Callable[[Tensor], None] | None
+    queries: Callable[[Tensor], None] | None
     reweighting: tuple[Reweighting, ...]
 
 
@@ -70,14 +71,16 @@ def ask(
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
     *,
     keys: Callable[[Tensor], None] | None = None,
+    queries: Callable[[Tensor], None] | None = None,
     reweighting: Sequence[Reweighting] = (),
 ) -> None:
     """Have an attention module answer `requests` in every forward until `forget`, inside `timed()`.
 
-    `keys` is handed the keys `(batch, kv head, key, size)` that the layer attends to, after rotary; `reweighting`
-    changes what some of its rows attend to.
+    `keys` is handed the keys `(batch, kv head, key, size)` that the layer attends to, after rotary, `queries` the
+    queries `(batch, head, row, size)` of the rows that it computes; `reweighting` changes what some of its rows attend
+    to.
     """
-    attention.__dict__[_SLOT] = _Asked(tuple(requests), timed, keys, tuple(reweighting))
+    attention.__dict__[_SLOT] = _Asked(tuple(requests), timed, keys, queries, tuple(reweighting))
 
 
 def forget(attention: nn.Module) -> None:
@@ -127,6 +130,36 @@ def attention_rows(
     return logits.softmax(-1)
 
 
+def answer_beside(
+    attention: nn.Module, queries: Callable[[Tensor], Tensor], key: Tensor, mask: Tensor | None
+) -> int:
+    """Answer and drop the module's requests without its forward; returns how many rows of queries that took.
+
+    `queries(rows)` gives `(batch, head, row, size)` of rows `(batch, row)`, after rotary; `key` as it is attended to.
+    """
+    asked: _Asked | None = attention.__dict__.pop(_SLOT, None)
+    if asked is None:
+        return 0
+    n = 0
+    with asked.timed():
+        if asked.keys is not None:
+            asked.keys(key)
+        for request in asked.requests:
+            for first in range(0, request.rows.shape[1], CHUNK):
+                rows = request.rows[:, first : first + CHUNK]
+                query = queries(rows)
+                scale = getattr(attention, "scaling", query.shape[-1] ** -0.5)
+                seen = mask
+                if mask is not None and mask.shape[2] > 1:
+                    full = mask.expand(rows.shape[0], *mask.shape[1:])
+                    seen = full.gather(2, rows[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3]))
+                at = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+                weights = attention_rows(query, key, at, seen, scale, request.form, mask_is_of_rows=True)
+                request.receive(weights, first)
+                n += rows.shape[1]
+    return n
+
+
 def _answer_requests(
     asked: _Asked, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
 ) -> None:
@@ -134,6 +167,8 @@ def _answer_requests(
     with asked.timed():
         if asked.keys is not None:
             asked.keys(key)
+        if asked.queries is not None:
+            asked.queries(query)
         for request in asked.requests:
             for first in range(0, request.rows.shape[1], CHUNK):
                 rows = request.rows[:, first : first + CHUNK]

@@ -263,7 +263,7 @@ class _Compiler:
                 check_scores(given, select, do)
                 check_choice(select, do)
                 if self.site.in_encoder:
-                    check_parts(layer, self.facts, given, select, do, spec.do.params)
+                    check_parts(layer, self.facts, given, select, do, spec.do.params, spec.at.group)
                 else:
                     check_layers(self.site, layer, given, select, do)
             except Wrong as error:

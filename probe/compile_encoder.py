@@ -64,7 +64,13 @@ def check_site(site: Site, steps: Steps, waits: bool, facts: ModelFacts) -> None
 
 
 def check_parts(
-    layer: int | None, facts: ModelFacts, score: Call | None, select: Call, do: Call, written: Mapping[str, Any]
+    layer: int | None,
+    facts: ModelFacts,
+    score: Call | None,
+    select: Call,
+    do: Call,
+    written: Mapping[str, Any],
+    group: str,
 ) -> None:
     """Refuse what cannot be decided or done in an encoder. `written` are the operation's options in the recipe."""
     for top, part in (("score", score), ("select", select), ("do", do)):
@@ -82,6 +88,11 @@ def check_parts(
     name = do.entry.name
     if name in ONLY_IN_LM:
         raise Wrong(f"`{name}` acts on the sequence of the language model, not in the encoder", "do")
+    params = do.variants[0]
+    if group == "picture" and (name == "append" or params.get("append", "none") != "none"):
+        raise Wrong("a token can be added to one view only; decide with `group: view`", "at", "group")
+    if group == "picture" and facts.class_token and "cls" in params.get("protect", ()):
+        raise Wrong("every view has a class token of its own; `protect: [cls]` goes with `group: view`", "at", "group")
     for option, why in MEANINGLESS.items():
         if option in written:
             raise Wrong(f"has no meaning in the encoder: {why}", "do", name, option)

@@ -99,7 +99,8 @@ def encode_with_probes(
         features = see(images)
     if not state.state.pristine:
         features = replace(features, survivors=state.state.survivors())
-    return Encoded(features, float(state.flops["encode"]), float(state.flops["probe"]), state.arrays, whole)
+    arrays = state.arrays if whole is None else state.arrays | {"visual_original": np.array(whole)}
+    return Encoded(features, float(state.flops["encode"]), float(state.flops["probe"]), arrays, whole)
 
 
 def resized(images: Sequence[Image.Image], table: ProbeTable, *, clip: bool = False) -> Sequence[Image.Image]:

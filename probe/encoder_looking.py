@@ -18,6 +18,7 @@ from probe.backbones.base import Backbone
 from probe.compile import BoundProbe
 from probe.cost import EncoderDims
 from probe.encoder_state import Group, ViewState
+from probe.errors import ProbeError
 from probe.site import Clock
 from probe.timing import Stopwatch
 
@@ -108,7 +109,8 @@ class EncoderLooking:
 
     def received(self, probe: BoundProbe, params: Mapping[str, Any], numbers: Tensor) -> Tensor:
         """`(head, n)` float32: the attention that these tokens received; NaN for tokens that came later."""
-        return _taken(self._received[self._looked(probe, params)], numbers).T
+        looked = self._looked(probe, params)
+        return _taken(self._seen(self._received.get(looked), probe, looked[0]), numbers).T
 
     def n_queries(self, probe: BoundProbe, params: Mapping[str, Any], group: Group) -> int:
         """How many rows of a view looked."""
@@ -116,7 +118,17 @@ class EncoderLooking:
 
     def keys(self, probe: BoundProbe, params: Mapping[str, Any], numbers: Tensor) -> Tensor:
         """`(head, n, size)`: the keys of these tokens; NaN for tokens that came later."""
-        return _taken(self._keys[self._layer(probe, params)], numbers).transpose(0, 1)
+        layer = self._layer(probe, params)
+        return _taken(self._seen(self._keys.get(layer), probe, layer), numbers).transpose(0, 1)
+
+    @staticmethod
+    def _seen(found: Tensor | None, probe: BoundProbe, layer: int) -> Tensor:
+        if found is None:
+            raise ProbeError(
+                f"probe `{probe.name}`: the attention of encoder layer {layer} answered nothing; load the backbone "
+                "with the encoder's attention `sdpa` or `eager`"
+            )
+        return found
 
 
 def _counts(queries: str, state: ViewState, lead: int) -> list[int]:

@@ -52,6 +52,7 @@ class EncoderPass:
         self._mlp_out: Tensor | None = None
         self._attended = self._through_mlp = 0
         self.arrays |= {
+            "visual_original": np.array(sum(self.views.tokens)),
             "encoder_tokens": np.zeros((self.dims.layers, views), np.int32),
             "patch_box": self.views.box.flatten(0, 1).float().cpu().numpy(),
             "patch_view": np.repeat(np.arange(views), patches).astype(np.int16),

@@ -53,7 +53,9 @@ def patches_left(probes: Sequence[BoundProbe], facts: ModelFacts) -> str:
         return f"{after[0]} tokens {whole}"
     if len(after) == 1:
         return f"{after[0]} tokens {whole} after layer {probes[0].layer}"
-    return f"{_series(after)} tokens {whole} after layers {', '.join(str(p.layer) for p in probes)}"
+    layers = sorted(p.layer for p in probes if p.layer is not None)
+    named = f"{layers[0]}..{layers[-1]}" if layers == list(range(layers[0], layers[-1] + 1)) else _series(layers)
+    return f"{_series(after)} tokens {whole} after layers {named}"
 
 
 def _series(numbers: Sequence[int], most: int = 8) -> str:

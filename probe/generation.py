@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 from probe import vocabulary as _registered  # noqa: F401  (the built-in policies must be known)
 from probe.backbones.base import Backbone, GenerationDefaults
 from probe.compile_call import bind
-from probe.decoding.caching import NoCache
+from probe.decoding.fit import misfit
 from probe.decoding.policy import Caching, Length, Unmasking
 from probe.decoding.rule import Rule
 from probe.decoding.unmask import Remasking
@@ -68,6 +68,8 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
         length=length,
     )
     caching.check(rule, backbone.shift)
+    if (found := misfit(unmasking, caching, shift=backbone.shift, causal=backbone.causal)) is not None:
+        raise recipe.fault(("generate", found[0]), found[1])
     return rule
 
 
@@ -76,10 +78,10 @@ def check_reach(backbone: Backbone, recipe: Recipe, caching: Caching) -> None:
     for i, probe in enumerate(recipe.probes):
         if probe.record is not None:
             continue
-        if probe.at.steps.exactly == ("prefill",) and isinstance(caching, NoCache):
+        if probe.at.steps.exactly == ("prefill",) and not caching.stores:
             words = "`prefill` is when the prompt is computed for a cache, and there is none: set `generate.cache`"
             raise recipe.fault(("probes", i, "at", "steps"), words)
-        if probe.at.site is Site.PREFIX_CACHE and isinstance(caching, NoCache):
+        if probe.at.site is Site.PREFIX_CACHE and not caching.stores:
             words = "`prefix_cache` is where keys are stored, and there is no cache: set `generate.cache`"
             raise recipe.fault(("probes", i, "at", "site"), words)
         if not backbone.causal:

@@ -85,6 +85,13 @@ class Ledger:
                 fates_then = self._columns[i]
                 self._columns[i] = _State(fates_then.fates, torch.minimum(fates_then.appended, self._lasting.appended))
 
+    def evict(self, layouts: Sequence[Layout | None]) -> None:
+        """The cache itself left columns out, layer by layer: these are what the following cached passes read."""
+        assert self._columns is not None
+        for i, layout in enumerate(layouts):
+            if layout is not None:
+                self._columns[i] = _without_evicted(self._columns[i], layout)
+
     def table(self, sample: int) -> tuple[Tensor, Tensor]:
         """`(step, layer, visual)` uint8 of `Fate` on the host, and `(step, layer)` int32 alive counts."""
         n = self.n_visual[sample]
@@ -106,7 +113,8 @@ class _State:
 def _after(state: _State, before: Layout, plans: Sequence[Plan | None], *, stays: bool = True) -> _State:
     """A layer's tokens after an edit; one that this layer lost before stays lost.
 
-    Appended tokens live where the edit acts (`stays`), not in layers that only lose what it removed.
+    Appended tokens live where the edit acts (`stays`), not in layers that only lose what it removed. What `before` had
+    lost earlier is not kept either.
     """
     width = state.fates.shape[1]
     now = torch.cat([state.fates, state.fates.new_zeros(state.fates.shape[0], 1)], 1)  # spare: tokens without an index
@@ -115,6 +123,10 @@ def _after(state: _State, before: Layout, plans: Sequence[Plan | None], *, stays
         if plan is None:
             continue
         ids = before.visual[b, before.visual_rows[b]]
+        lost = torch.ones(width + 1, dtype=torch.bool, device=ids.device)
+        lost.index_fill_(0, ids.where(ids >= 0, width), False)
+        out_of_sight = Fate.DROPPED if plan.fate is Fate.MERGED else plan.fate
+        now[b] = torch.where(lost & (now[b] == int(Fate.KEPT)), int(out_of_sight), now[b])
         fate = torch.full_like(ids, int(plan.fate), dtype=now.dtype)
         if plan.into is not None:
             fate[plan.into < 0] = int(Fate.DROPPED)
@@ -125,3 +137,17 @@ def _after(state: _State, before: Layout, plans: Sequence[Plan | None], *, stays
         if stays:
             appended[b] = (ids[plan.kept] < 0).sum() + plan.appended
     return _State(now[:, :width], appended)
+
+
+def _without_evicted(state: _State, layout: Layout) -> _State:
+    """A layer's tokens where only those of `layout` are still among its columns."""
+    width = state.fates.shape[1]
+    fates, appended = state.fates.clone(), state.appended.clone()
+    for b, rows in enumerate(layout.visual_rows):
+        ids = layout.visual[b, rows]
+        there = torch.zeros(width + 1, dtype=torch.bool, device=ids.device)
+        there[ids.where(ids >= 0, width)] = True
+        gone = (fates[b] == int(Fate.KEPT)) & ~there[:width]
+        fates[b] = torch.where(gone, int(Fate.EVICTED), fates[b])
+        appended[b] = (ids < 0).sum()
+    return _State(fates, appended)

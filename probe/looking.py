@@ -7,7 +7,7 @@ the number of its queries. The same (layer, queries, form) is computed once, who
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -97,6 +97,8 @@ class Looking:
         for probe in probes:
             self._note(probe)
         self._watching = watching
+        self.queries: Callable[[int, Tensor], None] | None = None
+        """Who wants every layer's queries `(layer, (streams * batch, head, row, size))`."""
         for condition, layers in watching.layers.items():
             for layer in layers:
                 key: Attended = (layer, cast(QuerySet, condition.source), "softmax")
@@ -162,10 +164,11 @@ class Looking:
         again = sum(self._dims.at(layer).reweighted(r.rows.shape[1], keys.width) for r in reweighting)
         flops += layout.batch * self._streams * again
         wants_keys = layer in self._keys_wanted
-        if requests or reweighting or wants_keys:
+        if requests or reweighting or wants_keys or self.queries is not None:
             attention = self._backbone.layers[layer].attention
             take = partial(self._take_keys, layer, keys) if wants_keys else None
-            ask(attention, requests, self.timed, keys=take, reweighting=reweighting)
+            queries = None if self.queries is None else partial(self.queries, layer)
+            ask(attention, requests, self.timed, keys=take, queries=queries, reweighting=reweighting)
         return flops
 
     def _take_keys(self, layer: int, layout: Layout, key: Tensor) -> None:
@@ -195,6 +198,8 @@ class Looking:
 
     def reduce(self, layer: int, keys: Layout) -> None:
         """The layer's attention has run: hand what was asked of it to the recorder, keep what scores need."""
+        if self.queries is not None:
+            forget(self._backbone.layers[layer].attention)
         if layer not in self._wanted and layer not in self._keys_wanted and layer not in self._reweight:
             return
         with self.timed():
@@ -204,11 +209,11 @@ class Looking:
                 gathering = self._under_way.pop(key, None)
                 if gathering is None or gathering.total is None:
                     continue
-                received = gathering.total
+                received, hidden = gathering.total, keys.hidden_key
                 given = {
                     "received": received,
                     "key_role": keys.role,
-                    "key_visual": keys.visual,
+                    "key_visual": keys.visual if hidden is None else keys.visual.masked_fill(hidden, -1),
                     "n_visual": n_visual,
                 }
                 clock = self._request.clock
@@ -272,7 +277,8 @@ class Looking:
 
     def release(self) -> None:
         """Forget what an interrupted forward left on the attention modules."""
-        for layer in {*self._wanted, *self._keys_wanted, *self._reweight}:
+        everywhere = range(len(self._backbone.layers)) if self.queries is not None else ()
+        for layer in {*self._wanted, *self._keys_wanted, *self._reweight, *everywhere}:
             forget(self._backbone.layers[layer].attention)
 
     def _query_rows(self, queries: QuerySet, layout: Layout) -> tuple[Tensor, Tensor] | None:
@@ -284,14 +290,15 @@ class Looking:
 
     def _find_rows(self, queries: QuerySet, layout: Layout) -> tuple[Tensor, Tensor] | None:
         device = layout.row.device
+        behind = len(self._request.window[0]) if self._request.shadow else 0  # the shadow's rows are no rows of it
         if queries == "visual":
             per_sample = list(layout.visual_rows)
         elif queries == "all":
-            per_sample = [torch.arange(n, device=device) for n in layout.length]
+            per_sample = [torch.arange(n - behind, device=device) for n in layout.length]
         elif queries in ("raters", "raters_answer"):
             return self._raters(layout, with_answer=queries == "raters_answer")
         elif queries == "last":
-            per_sample = [torch.tensor([n - 1], device=device) for n in layout.length]
+            per_sample = [torch.tensor([n - behind - 1], device=device) for n in layout.length]
         else:
             start = [_start_rows(queries, self._request, b, self._backbone.shift) for b in range(layout.batch)]
             if any(not rows for rows in start):

@@ -25,6 +25,7 @@ from torch import Tensor
 from probe.canvas import Canvas
 from probe.decoding import unmask
 from probe.decoding.draw import Draw
+from probe.decoding.fit import check_fit, name_of
 from probe.decoding.policy import Ask, Change, Decision, State, Work
 from probe.decoding.rule import Rule
 from probe.errors import ProbeError
@@ -64,6 +65,8 @@ class Pass:
     guided: bool = False
     window: tuple[list[int], ...] = ()
     """Per sample (host): rows of the block being decoded."""
+    edge: tuple[int, ...] = ()
+    """Per sample (host): the row before the block, which predicts its first slot where logits are shifted."""
     shadow: bool = False
 
 
@@ -71,13 +74,17 @@ class Pass:
 class PassResult:
     """`logits (streams * batch, c, vocabulary)` float32, and the canvas that the next step shall use.
 
-    `alive[b]` and `places (batch, c)`: how long the sequence was, and where in it the wanted slots stood.
+    `alive[b]` and `places (batch, c)`: how long the sequence was, and where in it the wanted slots stood. `on_cache`:
+    what was removed for good leaves stored features outdated; `refresh` asks for a pass that computes everything.
+    `chosen (batch, c)` bool: of the slots' rows, those that a pass computed which chooses them itself (`Work.delta`).
     """
 
     logits: Tensor
     canvas: Canvas
     alive: tuple[int, ...] = ()
     places: Tensor | None = None
+    on_cache: str | None = None
+    chosen: Tensor | None = None
 
 
 class Forward(Protocol):
@@ -128,6 +135,10 @@ class Step:
     """`(batch, slots)` bool: the answer slots that are masked after the pass."""
     written: np.ndarray | None = None
     """`(batch, slots)` bool: the answer slots that the pass wrote (the mask token, if it won, included)."""
+    on_cache: str | None = None
+    """Where visual tokens were removed for good: `refresh` or `columns`, how the cache is brought up to date."""
+    chosen: Tensor | None = None
+    """`(batch, slots)` bool on the device, in place of `computed` where the pass itself chose the rows."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,7 @@ def denoise(
     device = canvas.embeds.device
     mask_embed = embed(torch.tensor(rule.mask_id, device=device))
     rule.caching.check(rule, forward.shift)
+    check_fit(rule.unmasking, rule.caching, shift=forward.shift)
     state = _begin(canvas, rule, mask_embed, noise, forward.shift)
     tokens = torch.from_numpy(state.tokens).to(device)
     if rule.prior:
@@ -164,14 +176,17 @@ def denoise(
         rows = torch.from_numpy(state.rows[:, at]).to(device)
         canvas.write(rows, embed(tokens[:, at]), torch.ones_like(rows, dtype=torch.bool))
 
+    outdated = False
     prefill = rule.caching.prefill(state, forward.shift)
     for ask in chain([prefill] if prefill is not None else [], rule.unmasking.passes(state)):
         clock = _clock(state, ask)
         work = rule.caching.plan(state, ask)
+        if outdated and work.partial:
+            work = rule.caching.refreshed(state, ask) or work
         if work.prompt != "all" and (reason := forward.wants_every_row(clock)):
             again = rule.caching.refreshed(state, ask)
             if again is None:
-                kind = type(rule.caching).__name__
+                kind = name_of(rule.caching)
                 raise ProbeError(f"step {clock.step}: {reason}, but the cache `{kind}` computes only some rows here")
             work = again
         ask = _within(state, ask, work)
@@ -184,6 +199,9 @@ def denoise(
         state.passes += 1
         canvas = result.canvas
         state.alive, state.places = result.alive, result.places
+
+        on_cache = result.on_cache if rule.caching.renews or result.on_cache is None else "columns"
+        outdated = on_cache == "refresh" or (outdated and work.partial)
 
         logits = result.logits
         if rule.cfg_scale > 0:
@@ -203,7 +221,7 @@ def denoise(
         yield Step(
             clock=clock,
             slots=state.numbers[ask.columns].tolist(),
-            logits=logits,
+            logits=logits[:, : len(ask.columns)],
             candidate=decision.candidate,
             confidence=decision.confidence,
             score=decision.score,
@@ -220,6 +238,8 @@ def denoise(
             numbers=state.numbers[first:].copy(),
             masked=state.masked[:, first:].copy(),
             written=_written(state)[:, first:].copy(),
+            on_cache=on_cache,
+            chosen=result.chosen,
         )
         for b in range(state.batch):
             if ask.active[b] and rule.stop:
@@ -337,6 +357,7 @@ def _request(state: State, canvas: Canvas, ask: Ask, work: Work, clock: Clock, *
         predicting=[rows_before[b][masks[b] & known_before[b]].tolist() for b in range(state.batch)],
         guided=guided,
         window=tuple(state.rows[b, max(low, first) : high].tolist() for b in range(state.batch)),
+        edge=tuple(int(state.rows[b, low - 1]) if low > first else p - 1 for b, p in enumerate(canvas.prompt_length)),
         shadow=ask.shadow,
         conditioned=ask.show is not None,
         previous_logits=ask.previous,

@@ -24,15 +24,20 @@ from probe.compile import BoundProbe, Edit, ProbeTable
 from probe.conditions import Watch
 from probe.cost import DecoderDims
 from probe.decide import decide
+from probe.decoding.policy import Delta
+from probe.delta_cache import DeltaStore
+from probe.errors import ProbeError
+from probe.eviction import kept_places
 from probe.inputs import asked, reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Attended, Looking, Recorder, attended
 from probe.loop import Pass
 from probe.pass_source import SampleSource
 from probe.selections.counts import how_many
+from probe.shadow import aligned, blind, with_shadow
 from probe.site import Fate, Phase, Plan, Site
 from probe.store import KeyStore, cut_columns
-from probe.surgery import Layout, hide, narrow, put_values, replan, restore, select, take, take_columns
+from probe.surgery import Layout, Positions, hide, narrow, put_values, replan, restore, select, take, take_columns
 from probe.timing import Stopwatch
 
 
@@ -48,6 +53,7 @@ class Kit:
     watch: Stopwatch
     seeds: tuple[int, ...]
     store: KeyStore
+    deltas: DeltaStore
     watching: Watch
     evicted: dict[int, Tensor] = field(default_factory=dict)
     """By layer: `(batch, head, row)` bool over canvas numbers, the keys that each head still sees (`evict`)."""
@@ -93,6 +99,17 @@ class PassState:
         self.looking = Looking(
             kit.backbone, kit.dims, kit.recorder, kit.watch, request, self.streams, probes, kit.watching
         )
+        if request.work.evict is not None:
+            self.looking.queries = self._take_queries
+        self._queries: Tensor | None = None
+        self._first_made = request.canvas.layout.length_at_start
+        self.on_cache: str | None = None
+        """How stored features are brought up to date with what was removed for good in this pass: `refresh` (the next
+        pass computes everything) or `columns` (theirs are cut, and that is all); None: nothing stored was outdated."""
+        self.rows: tuple[int, ...] = ()
+        """Rows that the first layer computes of each sample."""
+        self.chosen: Tensor | None = None
+        """`(batch, slots)` bool: answer rows that the first layer computes, where layers choose them."""
         self._ordinal = {p.name: i for i, p in enumerate(kit.table.probes)}
 
     def timed(self) -> AbstractContextManager[None]:
@@ -113,6 +130,8 @@ class PassState:
         if tail is not None:
             self.layout, index = select(self.layout, work.prompt, tail)
             embeds = take(embeds, index, self.streams)
+        if self.request.shadow:
+            self.layout, embeds = self._with_shadow(embeds)
         if work.cached:
             if work.refresh:
                 store.clear()
@@ -128,6 +147,15 @@ class PassState:
             "past_key_values": _Columns(self) if work.cached else None,
             "use_cache": False,
         }
+
+    def _with_shadow(self, embeds: Tensor) -> tuple[Layout, Tensor]:
+        """The block's slots once more behind the sequence, as masks, both streams under guidance."""
+        window = self.request.window
+        mask_embed = self.kit.backbone.embed(torch.tensor(self.kit.backbone.special.mask, device=embeds.device))
+        more = mask_embed.to(embeds.dtype).expand(embeds.shape[0], len(window[0]), -1)
+        layout = with_shadow(self.layout, window)
+        self._first_made = layout.length_at_start
+        return layout, torch.cat([embeds, more], 1)
 
     def _conditioned(self, embeds: Tensor) -> Tensor:
         """Slots that show noise, as the model wants to see them; never written back to the canvas."""
@@ -180,6 +208,8 @@ class PassState:
             bias = self.keys.size.log()[:, None, None, :].to(self.canvas.embeds.dtype)
             lowest = torch.finfo(bias.dtype).min / 2
             masks = tuple(bias if m is None else bias.masked_fill(~m, lowest) for m in masks)
+        if self.request.shadow:
+            masks = blind(masks, self.layout, self.request.window)
         return masks if self.streams == 1 else tuple(None if m is None else torch.cat([m] * 2) for m in masks)
 
     @property
@@ -221,9 +251,11 @@ class PassState:
         """A layer's attention has run."""
         self.looking.reduce(layer, self.keys)
         for queries, keep in self.looking.votes(layer):
-            self._evict(layer, queries, keep)
+            self._lose_by_head(layer, queries, keep)
+        if self.request.work.evict is not None:
+            self._evict(layer)
 
-    def _evict(self, layer: int, key: Attended, keep: Any) -> None:
+    def _lose_by_head(self, layer: int, key: Attended, keep: Any) -> None:
         """Every head that shares keys keeps the visual keys that its rows attend to most, in all later passes."""
         heads = self.kit.dims.at(layer).heads
         group = heads // self.kit.dims.at(layer).kv_heads
@@ -241,6 +273,52 @@ class PassState:
             for g in range(votes.shape[0]):
                 seen[b, g * group : (g + 1) * group, rows[gone[g]]] = False
         self.kit.evicted[layer] = seen
+
+    def _take_queries(self, layer: int, query: Tensor) -> None:
+        self._queries = query
+
+    def _evict(self, layer: int) -> None:
+        """The cache policy looks at what the block attended to, and some columns leave this layer's store."""
+        store, choose = self.kit.store, self.request.work.evict
+        held = store.layers[layer]
+        assert held is not None and choose is not None and self._queries is not None
+        block = [list(rows) for rows in self.request.window]
+        if self.kit.backbone.shift:
+            block = [[edge, *rows] for edge, rows in zip(self.request.edge, block, strict=True)]
+        places, judged = kept_places(held.layout, self._queries, held.key, block, choose)
+        store.keep(layer, places, self.streams)
+        self._queries = None
+        self.flops["backbone"] += self.kit.dims.at(layer).scored_rows(1, judged, "softmax")
+
+    # -- layers that compute some of their rows (`delta_cache`) ----------------------------------------------------
+
+    def note_rows(self, layer: int, rows: Tensor | None, delta: Delta | None) -> None:
+        """A layer computes `rows (streams * batch, n)` (None: none); all of them where there is no `delta`."""
+        if delta is not None:
+            self._rows_at = self._mlp_rows = 0 if rows is None else rows.shape[1]
+        if layer == 0:
+            n_prompt = [n - t for n, t in zip(self.layout.length, self.layout.tail, strict=True)]
+            t = self.layout.tail[0]
+            if delta is None:
+                self.rows = self.layout.length
+                return
+            k = t if delta.answer else int(t * delta.ratio)
+            self.rows = tuple((n if delta.prompt else 0) + k for n in n_prompt)
+            if not delta.answer:
+                start = torch.tensor(n_prompt, device=self.layout.row.device)[:, None]
+                places = start + torch.arange(t - self.canvas.suffix_length, device=start.device)
+                own = rows[: self.batch] if rows is not None else start[:, :0]
+                self.chosen = (places[:, :, None] == own[:, None]).any(-1)
+
+    def note_values(self, layer: int, rows: int) -> None:
+        """A layer projected values of that many rows to see which have turned."""
+        dims = self.kit.dims.at(layer)
+        self.flops["backbone"] += self.streams * self.batch * 2 * rows * dims.width * dims.kv_heads * dims.head_size
+
+    def note_queries(self, layer: int, rows: int) -> None:
+        """A layer projected queries of that many rows for probes alone."""
+        dims = self.kit.dims.at(layer)
+        self.flops["probe"] += self.streams * self.batch * 2 * rows * dims.width * dims.heads * dims.head_size
 
     def finish(self) -> None:
         """The pass is over: what was removed for good leaves the layers of the store that had already run."""
@@ -266,6 +344,8 @@ class PassState:
             self.rope = kwargs["position_embeddings"]
         if self.cached:
             self._enter_columns(layer)
+        else:
+            hidden = self._to_stored(layer, hidden)
         self.entered = hidden, self.layout
         for probe in probes:
             hidden = self._act(probe, layer, hidden, first_layer=layer)
@@ -300,6 +380,34 @@ class PassState:
             if index is not None:
                 indices.append(index)
         return keys, indices
+
+    def _chosen_from(self, layer: int, first_layer: int) -> Layout:
+        """The tokens that an edit after `layer` decides about: in a cached pass those that the next layer stores."""
+        if not self.cached:
+            return self.layout
+        if layer < first_layer < self.kit.dims.layers:
+            following = self._columns_at(first_layer)[0]
+            return self.keys if following.evicted else following
+        return self.keys
+
+    def _stored_plans(self, layer: int) -> list[Plan | None] | None:
+        """Where a layer adds what it stored: the tokens that are alive but not stored there leave before it."""
+        delta, held = self.request.work.delta, None
+        if delta is not None and not delta.whole and layer < self.kit.dims.layers:
+            held = self.kit.deltas.layers[layer]
+        if held is None or held.layout is self.layout or held.layout.n_visual == self.layout.n_visual:
+            return None
+        plans: list[Plan | None] = []
+        for b, rows in enumerate(self.layout.visual_rows):
+            there = torch.isin(self.layout.row[b, rows], held.layout.row[b])
+            kept = there.nonzero()[:, 0]
+            plans.append(None if kept.shape[0] == rows.shape[0] else Plan(kept))
+        return None if all(p is None for p in plans) else plans
+
+    def _to_stored(self, layer: int, hidden: Tensor) -> Tensor:
+        """The sequence as a layer has stored it (`delta_cache`)."""
+        plans = self._stored_plans(layer)
+        return hidden if plans is None else self._narrowed(hidden, plans, "keep")
 
     def cut_between(self, layer: int, hidden: Tensor, probes: Sequence[BoundProbe]) -> Tensor:
         """Between attention and MLP: the shortened residual stream, kept for `leave_layer`."""
@@ -361,16 +469,28 @@ class PassState:
         if probe.edit is None:
             self._record(probe, None, self.canvas.embeds)
             return
-        plans, options = self._decide(probe, None, self.canvas.embeds, self.canvas.layout)
+        if (stored := self._stored_plans(0)) is not None:
+            self.canvas = self.canvas.narrowed(stored, positions="keep")
+            self.layout = self.keys = self.canvas.layout
+        held = self.kit.store.layers[0] if self.cached else None
+        before = self.canvas.layout if held is None else held.layout
+        if before.n_visual == self.canvas.layout.n_visual and not before.evicted:
+            before = self.canvas.layout
+        plans, options = self._decide(probe, None, self.canvas.embeds, before)
         if plans is None:
             return
         lasting = options["lasts"] == "generation"
-        before = self.canvas.layout
         self.kit.ledger.note(before, plans, 0, lasting=lasting)
-        self.canvas = _edited(self.canvas, plans, options)
+        said: Sequence[Plan | None] = plans
+        if before is not self.canvas.layout:  # what is not stored now could not be chosen
+            now = self.canvas.layout
+            said = [None if p is None else self._on_canvas(p, before, now, b, True) for b, p in enumerate(plans)]
+        self.canvas = _edited(self.canvas, said, options)
         self.layout = self.keys = self.canvas.layout
         if lasting:
             self.canvas_after = self.canvas
+            if self.request.work.partial:
+                self._outdated(options)
         if self.cached:  # the rows are columns in the store by now
             if lasting:
                 self._cut_store(0, plans, before, options)
@@ -406,6 +526,7 @@ class PassState:
         plans, options = self._decide(probe, None, hidden, seen)
         if plans is not None:
             self._edit_canvas_after(plans, options, seen)
+            self._outdated(options)
             self.kit.ledger.note(seen, plans, self.kit.dims.layers, lasting=True)
             self._late_cuts.append((self.kit.dims.layers, plans, seen))
 
@@ -416,6 +537,12 @@ class PassState:
         said = [None if p is None else self._on_canvas(p, said_of, target, b, stays) for b, p in enumerate(plans)]
         self.canvas_after = _edited(self.canvas_after, said, options)
         self._shrunk |= options.get("answer_positions") == "shrunk"
+
+    def _outdated(self, options: dict[str, Any]) -> None:
+        """Stored features saw what is removed for good now; say how they shall be brought up to date."""
+        work = self.request.work
+        if (work.cached or work.delta is not None) and self.on_cache != "refresh":
+            self.on_cache = str(options.get("on_cache", "columns"))
 
     def _on_canvas(self, plan: Plan, said_of: Layout, target: Layout, b: int, appended_stay: bool) -> Plan:
         """A plan over hidden states, said over the embeddings of the canvas: merged tokens are means of embeddings."""
@@ -447,6 +574,11 @@ class PassState:
         most = max((p.appended for p in plans if p is not None), default=0)
         if not most:
             return
+        if self.request.work.delta is not None:
+            raise ProbeError(
+                "new tokens that an intervention appends inside a layer have no row in later passes, which "
+                "`dllm_cache` needs; use another cache, or recycle none"
+            )
         for b, plan in enumerate(plans):
             new = self.canvas.embeds.new_zeros(most, self.canvas.embeds.shape[-1])
             if plan is not None and plan.appended:
@@ -476,9 +608,9 @@ class PassState:
         return mask.masked_fill(~own, torch.finfo(mask.dtype).min / 2)
 
     def _cut(self, probe: BoundProbe, layer: int, hidden: Tensor, *, first_layer: int) -> Tensor:
-        before = self.layout
-        if self.cached:  # who is alive where the edit takes effect: an earlier pass may have left fewer there
-            before = self.keys if first_layer in (layer, self.kit.dims.layers) else self._columns_at(first_layer)[0]
+        if first_layer > layer:
+            hidden = self._to_stored(first_layer, hidden)
+        before = self._chosen_from(layer, first_layer)
         plans, options = self._decide(probe, layer, hidden, before)
         if plans is None:
             return hidden
@@ -489,6 +621,7 @@ class PassState:
         self._remember(before, plans)
         if lasting:
             self._edit_canvas_after(plans, options, before)
+            self._outdated(options)
         if self.cached:
             if lasting:
                 self._cut_store(first_layer, plans, before, options)
@@ -506,10 +639,17 @@ class PassState:
         if _fate(plans) is Fate.MASKED:
             self.layout = self.keys = hide(self.layout, plans)
             return hidden
-        self.layout, index = narrow(self.layout, plans, positions=options["positions"])
+        return self._narrowed(hidden, plans, options["positions"])
+
+    def _narrowed(self, hidden: Tensor, plans: Sequence[Plan | None], positions: Positions) -> Tensor:
+        """The sequence after the plans: hidden states, layout and rotary tables."""
+        self._changed = True
+        self.layout, index = narrow(self.layout, plans, positions=positions)
+        if self.request.shadow and positions == "compact":
+            self.layout = aligned(self.layout, self.request.window)
         self.keys = self.layout
         hidden = put_values(take(hidden, index, self.streams), self.layout, plans)
-        if options["positions"] == "compact":
+        if positions == "compact":
             self.rope = self.kit.backbone.rotary(hidden, torch.cat([self._positions()] * self.streams))
         else:
             cos, sin = cast(tuple[Tensor, Tensor], self.rope)
@@ -537,7 +677,8 @@ class PassState:
             return None, options  # its query rows come with the first denoising pass
         if self.cached and reads_prompt(edit, probe.site, self.clock):
             return None, options  # it acted when the prompt was computed
-        rows = alive if probe.site in (Site.BEFORE_LM, Site.PREFIX_CACHE) else self.layout
+        rows = self.canvas.layout if probe.site is Site.BEFORE_LM else self.layout
+        rows = alive if probe.site is Site.PREFIX_CACHE else rows
         plans: list[Plan | None] = []
         for b in range(self.batch):
             if not (probe.fires_for(self.clock, b) and self.kit.watching.allows(probe.when, b)):
@@ -568,7 +709,7 @@ class PassState:
         out = self.canvas.embeds[b].index_select(0, layout.locate_in(b, known))
         if made is not None:
             late = rows >= layout.length_at_start
-            out = torch.where(late[:, None], made[(rows - layout.length_at_start).clamp(min=0)], out)
+            out = torch.where(late[:, None], made[(rows - self._first_made).clamp(min=0)], out)
         return out
 
     def generator(self, probe: BoundProbe, b: int) -> torch.Generator:

@@ -32,8 +32,8 @@ def projected_attention(
         raise ProbeError("`projected` needs a layer with a norm, `q_proj` and `k_proj`; this backbone's have none")
     normed = modules.pre_attention_norm(hidden)
     size = cos.shape[-1]
-    query = _rotated(attention, "q", normed[rows], cos[rows], sin[rows], size)
-    key = _rotated(attention, "k", normed, cos, sin, size)
+    query = rotated(attention, "q", normed[rows], cos[rows], sin[rows], size)
+    key = rotated(attention, "k", normed, cos, sin, size)
     at = torch.arange(rows.shape[0], device=rows.device)[None]
     scaling = getattr(attention, "scaling", size**-0.5)
     if mask is not None and mask.shape[2] > 1:
@@ -45,8 +45,8 @@ def projected_attention(
     return seen, projections + scored
 
 
-def _rotated(attention: Any, which: str, normed: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
-    """Queries or keys `(head, row, size)` of normed rows, after rotary in the halves convention."""
+def rotated(attention: Any, which: str, normed: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
+    """Queries (`q`) or keys (`k`) `(head, row, size)` of normed rows, after rotary in the halves convention."""
     heads = getattr(attention, f"{which}_proj")(normed).reshape(normed.shape[0], -1, size).transpose(0, 1)
     norm = getattr(attention, f"{which}_norm", None)
     heads = heads if norm is None else norm(heads)

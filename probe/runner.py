@@ -20,7 +20,9 @@ from probe.assemble import StepLogits
 from probe.backbones import load
 from probe.backbones.base import Backbone, Prompt
 from probe.compile import ProbeTable, Record, compile_recipe
+from probe.composition import check_composition
 from probe.data.pictures import on_sheet
+from probe.decoding.caching import NoCache
 from probe.encoder import Encoded, encode_with_probes
 from probe.errors import ProbeError
 from probe.generate import Generated, OnStep, generate
@@ -147,7 +149,8 @@ def run(
     if opening is None:
         raise ProbeError(f"there are no samples in {recipe.data.source}")
     if isinstance(opening, data.Sample):
-        rule_for(backbone, recipe, opening.generate, pictures=bool(opening.pictures))
+        rule = rule_for(backbone, recipe, opening.generate, pictures=bool(opening.pictures))
+        check_composition(recipe, table, rule.caching, rule.nominal_steps)
     source = chain([opening], source)
     folder = output_folder(recipe.name, out, resume=resume)
 
@@ -168,7 +171,7 @@ def run(
     if with_baseline:
         sides.insert(0, side("baseline", recipe.without_interventions(), folder / f"{stem}.baseline.trace.h5"))
 
-    failed = count = 0
+    failed = count = unreached = 0
     warm = False
     notes: list[str] = []
     with ExitStack() as stack:
@@ -219,9 +222,12 @@ def run(
                     writer.write(record)
                 notes.append(f"sample {number} failed: {reason}")
                 continue
+            unreached += bool(results[-1].arrays["unreached"])
             for writer, result in zip(writers, results, strict=True):
                 if number not in writer.done:
                     writer.write(record_of(item, number, result, pictures=recipe.trace.pictures))
+    if unreached:
+        notes.append(f"{unreached} of {count} samples ended before an intervention's first step (trace: `unreached`)")
     rows = summarise([s.path for s in sides], [s.label for s in sides])
     if intervenes and rows[-1].untouched:
         notes.append(
@@ -278,6 +284,14 @@ def _one_sample(
     compares = len(sides) > 1 and keeps_signals and any("reference" in r.signal.entry.needs for r in sides[-1].records)
     unpruned: StepLogits = {}
 
+    def without_cache(side: _Side) -> StepLogits:
+        """The logits of the side's run in which every pass computes every row."""
+        found: StepLogits = {}
+        if keeps_signals and any("uncached" in r.signal.entry.needs for r in side.records):
+            plain, prompts = replace(rule, caching=NoCache()), [see(side.bare).prompt]
+            generate(backbone, prompts, plain, side.bare, seed=seed, samples=[number], collected=found)
+        return found
+
     def recorded(side: _Side) -> Generated:
         is_baseline = side is not sides[-1]
         table = side.table if keeps_signals else side.bare
@@ -292,6 +306,7 @@ def _one_sample(
             on_step=on_step(side),
             collected=unpruned if compares and is_baseline else None,
             reference=None if is_baseline else unpruned,
+            uncached=without_cache(side),
         )[0]
         return _charged(result, see(table))
 
@@ -302,6 +317,8 @@ def _one_sample(
         return _charged(result, see(side.bare))
 
     recording = sides[0].recording
+    if warm_up and sample.pictures:  # sides may see their pictures differently, so this too is paid for beforehand
+        _see(backbone, sample, sides[0].bare, seed, think=False)
     if warm_up and (timed or not recording):
         unrecorded(sides[0])  # the first run of all pays for what libraries do once
     turns = list(sides if compares or number % 2 == 0 else sides[::-1])
@@ -322,9 +339,9 @@ class _Seen:
     """A sample as the language model meets it, what that cost, and what probes recorded on the way."""
 
     prompt: Prompt
-    seconds: float
-    flops: float
-    probe_flops: float
+    seconds: Mapping[str, float]
+    """By phase: `encode` and `probe`."""
+    flops: Mapping[str, float]
     arrays: Mapping[str, np.ndarray]
 
 
@@ -334,28 +351,35 @@ def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, 
     done: Encoded | None = None
     with watch.section("encode"):
         if sample.pictures:
-            given = {"question": sample.question, "seed": seed, "watch": watch, "clip": bool(sample.frames)}
-            done = encode_with_probes(backbone, sample.pictures, table, **given)
-    seconds = sum(watch.drain().values())
+            done = encode_with_probes(
+                backbone,
+                sample.frames or sample.images,
+                table,
+                clip=bool(sample.frames),
+                question=sample.question,
+                seed=seed,
+                watch=watch,
+            )
+    flops = {"encode": 0.0 if done is None else done.flops, "probe": 0.0 if done is None else done.probe_flops}
+    spent = watch.drain()
+    seconds = {phase: sum(s for (_, p), s in spent.items() if p == phase) for phase in flops}
     if done is None:
-        return _Seen(backbone.assemble(sample.question, None, think=think), seconds, 0.0, 0.0, {})
-    prompt = done.assemble(backbone, sample.question, think=think)
-    return _Seen(prompt, seconds, done.flops, done.probe_flops, done.arrays)
+        return _Seen(backbone.assemble(sample.question, None, think=think), seconds, flops, {})
+    return _Seen(done.assemble(backbone, sample.question, think=think), seconds, flops, done.arrays)
 
 
 def _charged(result: Generated, seen: _Seen) -> Generated:
     """A result with its share of the encoding, and what was recorded there."""
     arrays = {**result.arrays, **seen.arrays}
     seconds, flops = arrays["seconds"].copy(), arrays["flops"].copy()
-    encode, probing = PHASES.index("encode"), PHASES.index("probe")
-    seconds[0, encode] = seen.seconds
-    flops[0, encode] = seen.flops
-    flops[0, probing] += seen.probe_flops
+    for phase in ("encode", "probe"):
+        seconds[0, PHASES.index(phase)] += seen.seconds[phase]
+        flops[0, PHASES.index(phase)] += seen.flops[phase]
     arrays |= {
         "seconds": seconds,
         "flops": flops,
-        "seconds_total": arrays["seconds_total"] + seen.seconds,
-        "flops_total": arrays["flops_total"] + seen.flops + seen.probe_flops,
+        "seconds_total": arrays["seconds_total"] + sum(seen.seconds.values()),
+        "flops_total": arrays["flops_total"] + sum(seen.flops.values()),
     }
     return replace(result, arrays=arrays)
 

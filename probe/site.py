@@ -61,6 +61,7 @@ class Fate(IntEnum):
     WITHDRAWN = 4
     MASKED = 5  # still computed, but no query sees its key
     SKIPPED = 6  # carried around this layer unchanged, back after it
+    EVICTED = 7  # not in the layer's cache, by the cache's own choice; back when it is refreshed
 
 
 class Phase(StrEnum):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from probe.site import Fate, Plan
-from probe.surgery import Layout, extend, hide, narrow, put_columns, replan, take_columns
+from probe.surgery import Layout, extend, hide, keep_places, narrow, put_columns, replan, take_columns
 
 
 @dataclass
@@ -124,6 +124,13 @@ class KeyStore:
         held.key, held.value = take_columns(held.key, index, streams), take_columns(held.value, index, streams)
         held.layout = new
 
+    def keep(self, layer: int, places: Sequence[Tensor], streams: int = 1) -> None:
+        """Each sample keeps the columns at its `places (n,)`, ascending."""
+        held = self.layers[layer]
+        assert held is not None
+        held.layout, index = keep_places(held.layout, places)
+        held.key, held.value = take_columns(held.key, index, streams), take_columns(held.value, index, streams)
+
     def place_answers(self, starts: Sequence[int]) -> None:
         """From now on answer slots stand at positions from `starts[b]` on, whatever the stored keys' own."""
         for held in self.layers:
@@ -137,8 +144,10 @@ def cut_columns(layout: Layout, plans: Sequence[Plan | None], said_of: Layout) -
     Returns the layout and the gather index; None for an index where columns are hidden instead of removed: masking
     plans, and layouts whose alive tokens are others than those that the plans speak of.
     """
-    same = layout is said_of or layout.visual_rows is said_of.visual_rows or layout.n_visual == said_of.n_visual
-    if not same:
+    same = layout is said_of or layout.visual_rows is said_of.visual_rows
+    if not same and (layout.evicted or said_of.evicted):
+        return _cut_evicted(layout, plans, said_of)
+    if not same and layout.n_visual != said_of.n_visual:
         return _hidden_where(layout, plans, said_of), None
     said = [
         None
@@ -152,6 +161,19 @@ def cut_columns(layout: Layout, plans: Sequence[Plan | None], said_of: Layout) -
         return hide(layout, said), None
     # stored keys carry the rotation of their position: they cannot be renumbered
     return narrow(layout, said, positions="keep")
+
+
+def _cut_evicted(layout: Layout, plans: Sequence[Plan | None], said_of: Layout) -> tuple[Layout, Tensor | None]:
+    """Of columns that a cache chose itself, those leave that the plans do not keep; waits for the device."""
+    hidden = _hidden_where(layout, plans, said_of).hidden_key
+    assert hidden is not None
+    gone = hidden if layout.hidden_key is None else hidden & ~layout.hidden_key
+    if any(p is not None and p.fate is Fate.MASKED for p in plans):
+        alive = [rows[~hidden[b, rows]] for b, rows in enumerate(layout.visual_rows)]
+        unseen = [rows[hidden[b, rows]] for b, rows in enumerate(layout.visual_rows)]
+        others = tuple(torch.cat([a, b]) for a, b in zip(layout.other_rows, unseen, strict=True))
+        return replace(layout, hidden_key=hidden, visual_rows=tuple(alive), other_rows=others), None
+    return keep_places(layout, [(~gone[b, :n]).nonzero()[:, 0] for b, n in enumerate(layout.length)])
 
 
 def _hidden_where(layout: Layout, plans: Sequence[Plan | None], said_of: Layout) -> Layout:

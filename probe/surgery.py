@@ -46,6 +46,8 @@ class Layout:
     hidden_key: Tensor | None = None
     size: Tensor | None = None
     pristine: bool = True
+    evicted: bool = False
+    """Whether rows were left out by `keep_places`: two layouts with as many tokens then need not hold the same ones."""
 
     @property
     def batch(self) -> int:
@@ -240,6 +242,51 @@ def put_values(hidden: Tensor, layout: Layout, plans: Sequence[Plan | None], str
         if plan is not None and plan.values is not None:
             hidden[b, layout.visual_rows[b]] = plan.values.to(hidden.dtype)
     return hidden
+
+
+def keep_places(layout: Layout, places: Sequence[Tensor]) -> tuple[Layout, Tensor]:
+    """Each sample keeps what stands at its `places (n,)`, ascending; whatever it is, the rest leaves.
+
+    Returns the new layout and the gather index `(batch, new length)`. How many of them are visual tokens only the
+    device knows: this waits for it.
+    """
+    device = layout.row.device
+    width = max(p.shape[0] for p in places)
+    index = torch.zeros(layout.batch, width, dtype=torch.int64, device=device)
+    real = torch.zeros(layout.batch, width, dtype=torch.bool, device=device)
+    visual_rows: list[Tensor] = []
+    other_rows: list[Tensor] = []
+    tail: list[int] = []
+    for b, place in enumerate(places):
+        index[b, : place.shape[0]] = place
+        real[b, : place.shape[0]] = True
+        rank = torch.full((layout.width,), -1, dtype=torch.int64, device=device)
+        rank[place] = torch.arange(place.shape[0], device=device)
+        for rows, kept in ((layout.visual_rows[b], visual_rows), (layout.other_rows[b], other_rows)):
+            now = rank[rows]
+            kept.append(now[now >= 0])
+        tail.append(int((place >= layout.length[b] - layout.tail[b]).sum()))
+
+    def moved(x: Tensor, filler: int) -> Tensor:
+        y = x.gather(1, index)
+        return torch.where(real, y, torch.full_like(y, filler))
+
+    new = replace(
+        layout,
+        row=moved(layout.row, -1),
+        role=moved(layout.role, int(Role.PAD)),
+        position=take(layout.position, index),
+        visual=moved(layout.visual, -1),
+        visual_rows=tuple(visual_rows),
+        other_rows=tuple(other_rows),
+        length=tuple(p.shape[0] for p in places),
+        tail=tuple(tail),
+        hidden_key=None if layout.hidden_key is None else layout.hidden_key.gather(1, index),
+        size=None if layout.size is None else layout.size.gather(1, index),
+        pristine=False,
+        evicted=True,
+    )
+    return new, index
 
 
 def hide(layout: Layout, plans: Sequence[Plan | None]) -> Layout:

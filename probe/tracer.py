@@ -19,6 +19,7 @@ from probe.backbones.base import Backbone
 from probe.canvas import Canvas
 from probe.compile import BoundProbe, Call, ProbeTable
 from probe.conditions import Watch
+from probe.delta_cache import DeltaStore, replaced
 from probe.inputs import reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Recorder
@@ -58,6 +59,7 @@ class Tracer:
             watch=watch or Stopwatch(device),
             seeds=tuple(seeds),
             store=KeyStore(dims.layers),
+            deltas=DeltaStore(dims.layers),
             watching=Watch(
                 (c for p in table.probes for c in p.when), canvas.layout.batch, dims.layers, backbone.facts.name
             ),
@@ -67,6 +69,8 @@ class Tracer:
         self.code_probes = tuple(code_probes)
         self.flops: list[dict[str, int]] = []
         """FLOPs of the whole batch by phase, one entry per pass."""
+        self.fired: list[frozenset[str]] = []
+        """Names of the interventions whose steps included the pass, one entry per pass."""
         self.rows: list[tuple[int, ...]] = []
         """Rows that each sample's first layer computed, one entry per pass."""
 
@@ -75,8 +79,10 @@ class Tracer:
         kit, watch = self.kit, self.kit.watch
         watch.step = request.clock.pass_index
         firing = kit.table.at(request.clock)
+        self.fired.append(frozenset(p.name for p in firing if p.edit is not None))
         state = PassState(kit, request, firing)
-        kit.ledger.begin(cached=state.cached)
+        delta = request.work.delta
+        kit.ledger.begin(cached=state.cached or (delta is not None and not delta.whole))
         with watch.section("probe"):
             for probe in (p for p in firing if p.site is Site.BEFORE_LM):
                 state.at_canvas(probe)
@@ -85,6 +91,7 @@ class Tracer:
         with watch.section("backbone"):
             inside = [p for p in firing if p.site.has_layers and p.site is not Site.PREFIX_CACHE]
             hidden = self._run(state, inside, request)
+        self.rows.append(state.rows)
         places = self._head_places(state, request)
         with watch.section("head"):
             rows = places.repeat(state.streams, 1)
@@ -96,12 +103,17 @@ class Tracer:
         state.finish()
         if request.work.prompt == "all":
             self._acted |= {_occasion(p, request.clock) for p in firing}
-        if request.work.cached:
+        if request.work.cached or delta is not None:
             kit.ledger.keep_columns()
+            if request.work.evict is not None:
+                kit.ledger.evict([x.layout if x is not None else None for x in kit.store.layers])
         state.flops["head"] = kit.dims.head(rows.numel())
         self.flops.append(state.flops)
         drawn_over = request.canvas.layout if request.work.prompt == "all" else self._computed
-        return PassResult(logits, state.canvas_after, drawn_over.length, drawn_over.locate(request.rows))
+        places = drawn_over.locate(request.rows)
+        return PassResult(
+            logits, state.canvas_after, drawn_over.length, places, state.on_cache, state.chosen
+        )
 
     def observe(self, step: Step) -> None:
         """The loop has decided: what conditions wait for."""
@@ -116,7 +128,12 @@ class Tracer:
         rows = request.rows
         if self.shift:
             rows = torch.where(request.previous >= 0, request.previous, rows)
-        return state.layout.locate(rows)
+        places = state.layout.locate(rows)
+        if request.shadow:  # the shadow's rows stand at the very end
+            n = len(request.window[0])
+            behind = state.layout.width - n + torch.arange(n, device=places.device)
+            places = torch.cat([places, behind.expand(places.shape[0], n)], 1)
+        return places
 
     def wants_every_row(self, clock: Clock) -> str | None:
         """Which probe of this step looks at rows that a cached pass does not compute, and why.
@@ -133,16 +150,19 @@ class Tracer:
 
     def _run(self, state: PassState, probes: list[BoundProbe], request: Pass) -> Tensor:
         inputs = state.model_inputs()
+        state.rows = state.layout.length
         self._computed = state.layout
-        self.rows.append(state.layout.length)
+        delta = request.work.delta
         code = [c for c in self.code_probes if c.fires(request.clock)]
         with ExitStack() as stack:
-            if probes or state.uneven or self.kit.watching.layers:
+            if probes or state.uneven or self.kit.watching.layers or request.work.evict or delta is not None:
                 stack.callback(state.looking.release)
                 for handle in attach(self.kit.backbone, state, probes):
                     stack.callback(handle.remove)
             else:
                 state.count_all_layers()
+            if delta is not None:
+                stack.enter_context(replaced(state, delta))
             if code:
                 hidden, saved = run_traced(self.kit.backbone, inputs, code, request.clock)
                 for probe in (c for c in code if c.name in saved):

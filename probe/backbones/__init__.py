@@ -138,6 +138,10 @@ def _published_of(config: Any) -> tuple[Published, ...]:
     facts=llava_next_config.facts_of,
     count=llava_next_config.visual_count,
     published=_published_of(llava_next_config),
+    tiny={
+        "llava-hf/llava-v1.6-mistral-7b-hf": "probe.backbones.tiny.autoregressive:write_llava_mistral",
+        "llava-hf/llava-v1.6-vicuna-7b-hf": "probe.backbones.tiny.autoregressive:write_llava_vicuna",
+    },
 )
 def llava_next() -> type[Backbone]:
     """LLaVA-NeXT: causal Llama or Mistral, CLIP tiles with newlines, one token per step."""
@@ -151,6 +155,7 @@ def llava_next() -> type[Backbone]:
     facts=qwen_vl_config.facts_of,
     count=qwen_vl_config.visual_count,
     published=_published_of(qwen_vl_config),
+    tiny={"Qwen/Qwen2.5-VL-7B-Instruct": "probe.backbones.tiny.autoregressive:write_qwen_vl"},
 )
 def qwen_vl() -> type[Backbone]:
     """Qwen2.5-VL: causal Qwen2, windowed encoder at the picture's own size, one token per step."""
@@ -188,6 +193,14 @@ def facts_of(name: str | Path, *, revision: str | None = None) -> ModelFacts:
         return published.facts()
     checkpoint = resolve(name, revision=revision, weights=False)
     return cast("ModelFacts", adapter_of(checkpoint).meta["facts"](checkpoint))
+
+
+def adapter_class(name: str | Path, *, revision: str | None = None) -> type[Backbone]:
+    """The adapter's class of a backbone, without its weights."""
+    for entry in backbones:
+        if revision is None and any(p.name == str(name) for p in entry.meta.get("published", ())):
+            return cast("type[Backbone]", entry.function())
+    return cast("type[Backbone]", adapter_of(resolve(name, revision=revision, weights=False)).function())
 
 
 def visual_count(name: str | Path, sizes: Sequence[tuple[int, int]], *, revision: str | None = None) -> int:

@@ -180,6 +180,8 @@ class Backbone(ABC, nn.Module):
 
     shift: int = 0
     """The logits of row p - shift predict slot p (1: Dream, Dimple, autoregressive models)."""
+    shift_varies: bool = False
+    """Whether checkpoints of this class differ in it, so that the class alone does not tell."""
     causal: bool = False
     """Whether a row sees only itself and what stands before it."""
     reads_rows: bool = False

@@ -79,17 +79,18 @@ class DiffusionGemma(Backbone):
         dtype: str | torch.dtype = "auto",
         attention: str | None = None,
         encoder_attention: str | None = None,
-        experts: str = "grouped_mm",
+        experts: str | None = None,
         special: SpecialIds | None = None,
     ) -> Self:
         """Build on no device, then take every tensor from the checkpoint: none missing, none left over.
 
         `attention` and `encoder_attention` are `sdpa` or `eager`; `experts` is how transformers runs them
-        (`grouped_mm`, `batched_mm` or `eager`). `special` replaces the ids found in the tokenizer.
+        (`grouped_mm`, `batched_mm` or `eager`; None: `grouped_mm`, in float64 `eager`). `special` replaces the ids
+        found in the tokenizer.
         """
         source, facts = checkpoint.source, names.facts_of(checkpoint)
         kernel, encoder_kernel = _kernel(attention or "sdpa"), _kernel(encoder_attention or attention or "sdpa")
-        config = read_config(checkpoint.config, source, kernel, encoder_kernel, experts)
+        config = read_config(checkpoint.config, source, kernel, encoder_kernel, experts or "grouped_mm")
         tokenizer, ends = load_tokenizer(checkpoint.folder), names.end_ids(checkpoint)
         with torch.device("meta"):
             model = cls(
@@ -105,6 +106,8 @@ class DiffusionGemma(Backbone):
         with checkpoint.tensors(str(device)) as weights:
             stored = weights.read(EMBEDDING, 1).dtype if EMBEDDING in weights.shapes else torch.float32
             model._take(weights, checkpoint, choose_dtype(dtype, stored, torch.device(device)))
+        if experts is None and model.dtype is torch.float64:
+            config.text_config._experts_implementation = "eager"
         gen_length, block_length, steps = names.lengths_of(checkpoint)
         stop = tuple(token for i in ends if tokenizer and (token := tokenizer.token_of(i)))
         model.defaults = GenerationDefaults(

@@ -32,7 +32,7 @@ from probe.site import ModelFacts
 
 DREAM_DEFAULTS = GenerationDefaults(
     gen_length=256, block_length=256, steps=256, cache={"prefix": {}},
-    unmask={"dream": {"alg": "topk_margin", "top_k": 50, "capped": True}},
+    unmask={"dream": {"algorithm": "topk_margin", "top_k": 50, "capped": True}},
 )  # fmt: skip
 LLADA_DEFAULTS = GenerationDefaults(
     gen_length=256, block_length=128, steps=256, cache={"prefix": {}}, unmask={"lavida_llada": {}}
@@ -59,6 +59,8 @@ OLMO_TENSORS = {
 
 class Lavida(TiledBackbone):
     """LaViDa behind the adapter contract. Without an encoder it is the language model alone."""
+
+    shift_varies = True
 
     several = "stack"
 

@@ -23,6 +23,8 @@ class Autoregressive(Unmasking):
     Greedy at temperature 0, else categorical over the tempered softmax. A sample ends at its stop string.
     """
 
+    needs_shift = "reads the next token off the last row"
+
     def nominal_steps(self, rule: Rule) -> int:
         """One per slot."""
         return rule.gen_length

@@ -28,6 +28,9 @@ class PrefixLM(Caching):
     logits are shifted, the prompt's last row predicts the first slot, which is committed by the prefill.
     """
 
+    stores = True
+    renews = False
+
     def prefill(self, state: State, shift: int) -> Ask | None:
         """The prompt alone; it commits the first slot where its last row predicts it."""
         first = state.first
@@ -64,6 +67,7 @@ class Crop(Caching):
     """
 
     exact = False
+    stores = True
 
     def plan(self, state: State, ask: Ask) -> Work:
         """Everything once, then the end of the sequence."""
@@ -80,6 +84,9 @@ class Crop(Caching):
 @dataclass(frozen=True, kw_only=True)
 class KeyValue(Caching):
     """The cache of autoregressive models: every row is computed once, when its token is known. Exact if causal."""
+
+    stores = True
+    needs_causal = "computes every row once, before what follows it is known"
 
     def plan(self, state: State, ask: Ask) -> Work:
         """The prompt first, then the slots that were written since."""

@@ -25,7 +25,7 @@ from probe.registry import unmaskings
 class Tempered(Unmasking):
     """What decoders of Dream's kind share: temperature, nucleus and top-k before the score."""
 
-    alg: scores.Algorithm = "entropy"
+    algorithm: scores.Algorithm = "entropy"
     top_p: float | None = None
     top_k: int | None = None
     eps: float = 1e-3
@@ -45,7 +45,7 @@ class Tempered(Unmasking):
             drawn = torch.stack([d.categorical(p) for d, p in zip(state.draw, kept, strict=True)]).to(logits.device)
         score, candidate = scores.dream(
             logits,
-            self.alg,
+            self.algorithm,
             drawn,
             temperature=temperature,
             top_p=self.top_p,
@@ -64,7 +64,7 @@ class Tempered(Unmasking):
 class Dream(Tempered):
     """Dream: the whole answer at once, as many tokens per step as a time grid says, the surest first.
 
-    `alg_temp` draws the order from `softmax(score / alg_temp)` instead; `alg: origin` reveals every slot with the
+    `alg_temp` draws the order from `softmax(score / alg_temp)` instead; `algorithm: origin` reveals every slot with the
     grid's chance. The score is read from the truncated, tempered distribution. LaViDa-Dream adds `step_ratio` (fewer
     iterations on the same grid, the last takes all), a `schedule` with its `shift`, and `capped`: no more steps than
     slots.
@@ -108,13 +108,13 @@ class Dream(Tempered):
 
     def choose(self, state: State, ask: Ask, score: Tensor, eligible: Tensor) -> Tensor:
         """By score, by chance (`origin`), by place (`autoregressive`), or by score and chance (`alg_temp`)."""
-        if self.alg == "origin":
+        if self.algorithm == "origin":
             shown = [
                 revealed(d.uniform(int(e.sum())) < state.memory["chance"], e)
                 for d, e in zip(state.draw, ask.eligible, strict=True)
             ]
             return torch.from_numpy(np.stack(shown)).to(score.device)
-        if self.alg == "autoregressive":
+        if self.algorithm == "autoregressive":
             return select.first(eligible)
         if self.alg_temp:
             noise = [-torch.log(-torch.log(d.uniform(score.shape[1]))) for d in state.draw]
@@ -144,7 +144,7 @@ class DreamQuota(Tempered):
     the last nominal step passes go on with what went back alone. One sample at a time.
     """
 
-    alg: scores.Algorithm = "maskgit_plus"
+    algorithm: scores.Algorithm = "maskgit_plus"
     tau: float = 0.9
 
     def check(self, rule: Rule) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
+from probe.decoding import sparse_dllm
 from probe.decoding.policy import Ask, Caching, State, Work
 from probe.decoding.rule import Rule
 from probe.errors import ProbeError
@@ -35,6 +37,7 @@ class FastPrefix(Caching):
     """
 
     exact = False
+    stores = True
     refresh: int | None = None
     boundary: Literal["row", "commit"] = "row"
 
@@ -53,6 +56,10 @@ class FastPrefix(Caching):
             return Work(cached=True, refresh=True, phase=Phase.REFRESH)
         prompt, slots = _from(state, ask.window[0] - self._before(state))
         return Work(prompt=prompt, slots=self._within(state, ask, slots), suffix=self._suffix(), cached=True)
+
+    def refreshed(self, state: State, ask: Ask) -> Work | None:
+        """Everything, and stored."""
+        return Work(cached=True, refresh=True, phase=Phase.REFRESH)
 
     def _before(self, state: State) -> int:
         return state.shift if self.boundary == "row" else 0
@@ -85,6 +92,7 @@ class Dkv(Caching):
     """
 
     exact = False
+    stores = True
     refresh: int = 8
 
     def check(self, rule: Rule, shift: int) -> None:
@@ -100,23 +108,49 @@ class Dkv(Caching):
             return Work(cached=True, refresh=True, phase=Phase.REFRESH)
         return Work(prompt="none", slots=~before, suffix=False, cached=True)
 
+    def refreshed(self, state: State, ask: Ask) -> Work | None:
+        """Everything, and stored."""
+        return Work(cached=True, refresh=True, phase=Phase.REFRESH)
+
 
 @cachings.register(name="sparse_dllm")
 @dataclass(frozen=True, kw_only=True)
 class SparseDllm(Caching):
     """Sparse-dLLM (Song et al., arXiv 2508.02558): of what stands outside the block only a share of columns is kept.
 
-    Two full passes at the start of every block; in the second each layer keeps the `keep` most important columns
-    (`probe.decoding.sparse_dllm`), then only the block is computed. Evicted columns come back with the next block.
+    Two full passes at the start of every block; in the second each layer keeps the most important of the columns that
+    its attention reads outside the block (`probe.decoding.sparse_dllm`), a share `keep` of them, then only the block
+    is computed. Evicted columns come back with the next block. Where row p predicts slot p + 1, the row before the
+    block counts as part of it. Approximate.
     """
 
     exact = False
+    stores = True
     keep: float = 0.5
     kernel: int | None = 3
+
+    def check(self, rule: Rule, shift: int) -> None:
+        """A share, and an odd kernel."""
+        if not 0 <= self.keep <= 1:
+            raise ProbeError(f"a cache that keeps a share of {self.keep} of its columns: it takes 0 to 1")
+        if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
+            raise ProbeError(f"pooling kernel {self.kernel}: it must be odd to stay centred (or null)")
 
     def plan(self, state: State, ask: Ask) -> Work:
         """Everything twice, then the block."""
         if ask.step_in_block < 2:
-            return Work(cached=True, refresh=True, phase=Phase.REFRESH)
-        at = np.arange(state.slots)
-        return Work(prompt="none", slots=(at >= ask.window[0]) & (at < ask.window[1]), suffix=False, cached=True)
+            return self._everything(evict=ask.step_in_block == 1)
+        prompt, slots = _from(state, ask.window[0] - state.shift)
+        slots = slots & (np.arange(state.slots) < ask.window[1])
+        return Work(prompt=prompt, slots=slots, suffix=False, cached=True)
+
+    def refreshed(self, state: State, ask: Ask) -> Work | None:
+        """Everything, and evicted anew."""
+        return self._everything(evict=ask.step_in_block > 0)
+
+    def _everything(self, *, evict: bool) -> Work:
+        return Work(cached=True, refresh=True, phase=Phase.REFRESH, evict=self.chosen if evict else None)
+
+    def chosen(self, query: Tensor, key: Tensor) -> Tensor:
+        """Which columns stay: `(1, kept)` of `key (1, key head, column, size)`."""
+        return sparse_dllm.keep(sparse_dllm.importance(query, key, self.kernel), self.keep)

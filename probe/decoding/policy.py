@@ -20,7 +20,7 @@ prompt rows that look masked).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,12 +81,33 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """Which rows a pass computes anew where every layer keeps what it adds to each row (dLLM-Cache).
+
+    `prompt`, `answer`: all rows of that part; where not `answer`, the share `ratio` of its rows whose values turned
+    most, layer by layer. The other rows get what the layer added to them when they were last computed.
+    """
+
+    prompt: bool
+    answer: bool
+    ratio: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row is computed."""
+        return self.prompt and self.answer
+
+
+@dataclass(frozen=True)
 class Work:
     """Which rows a pass computes, and whether stored keys and values stand in for the others.
 
     `prompt`: all its rows, none, or the last one. `slots`: columns `(slots,)` or `(batch, slots)` bool; None: all that
     are not absent. `suffix`: whether the fixed suffix is computed. `cached`: keys and values of computed rows are
-    stored, and those of other stored rows are read; with `refresh` the store is emptied first.
+    stored, and those of other stored rows are read; with `refresh` the store is emptied first. `evict` says, layer by
+    layer once its attention has run, which columns outside the block stay stored: from one sample's queries of the
+    block `(1, head, row, size)` and keys of the other columns `(1, key head, column, size)`, both rotated, their
+    indices `(1, kept)`. `delta`: every layer stores what it adds instead.
     """
 
     prompt: Literal["all", "none", "last"] = "all"
@@ -95,6 +116,13 @@ class Work:
     cached: bool = False
     refresh: bool = False
     phase: Phase = Phase.DENOISE
+    evict: Callable[[Tensor, Tensor], Tensor] | None = None
+    delta: Delta | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether some rows come from what earlier passes stored."""
+        return (self.cached and not self.refresh) or (self.delta is not None and not self.delta.whole)
 
 
 @dataclass(frozen=True)
@@ -185,6 +213,10 @@ class State:
 class Unmasking:
     """Which slots are decoded when. Subclasses say `passes` and `decide`."""
 
+    whole: str | None = None
+    """Why every pass must compute every row, where it must; no cache goes with it then."""
+    needs_shift: str | None = None
+    """Why it fits only backbones whose row predicts the next slot, where it does."""
     decodes_prompt = False
     """Whether prompt rows that equal the mask embedding are decoded as slots (LLaDA-V's published rule does so)."""
     by_blocks = False
@@ -225,6 +257,12 @@ class Caching:
 
     exact = True
     """Whether the logits are those of computing every row under the same attention mask."""
+    stores = False
+    """Whether rows of earlier passes are used again."""
+    needs_causal: str | None = None
+    """Why it fits only models in which no row sees what follows it, where it does."""
+    renews = True
+    """Whether `refreshed` gives a plan that computes every row."""
 
     def check(self, rule: Rule, shift: int) -> None:
         """Raise `ProbeError` for rules or backbones that this cache does not fit."""

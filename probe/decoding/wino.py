@@ -13,6 +13,7 @@ from probe.decoding import scores, select
 from probe.decoding.blocks import check_blocks, noisy_argmax, window
 from probe.decoding.policy import Ask, Decision, State, Unmasking
 from probe.decoding.rule import Rule
+from probe.errors import ProbeError
 from probe.registry import unmaskings
 
 
@@ -31,6 +32,7 @@ class Wino(Unmasking):
     than were accepted in the pass before. One sample at a time.
     """
 
+    whole = "looks at a shadow of the block, which sees every row as it is in this pass"
     accept: float = 0.6
     confirm: float = 0.9
 
@@ -40,6 +42,8 @@ class Wino(Unmasking):
 
     def passes(self, state: State) -> Iterator[Ask]:
         """Until each block is done."""
+        if state.batch != 1:
+            raise ProbeError(f"`wino` decodes one sample at a time, not a batch of {state.batch}")
         step = 0
         for block in range(state.rule.n_blocks):
             low, high = window(state, block)

@@ -40,15 +40,18 @@ def checks() -> dict[str, Check]:
     return {check.__name__: check for check in made}
 
 
-def examine(patient: Patient, only: Collection[str] = ()) -> Iterator[Finding]:
-    """Make the checks (all, or those named) and yield what each comes to. Raises `ProbeError` for an unknown name."""
+def chosen(only: Collection[str] = ()) -> dict[str, Check]:
+    """The checks of these names, all of them if there are none. Raises `ProbeError` for an unknown name."""
     known = checks()
     for name in only:
         if name not in known:
             raise ProbeError(f"there is no check `{name}`; {nearest(name, list(known))}")
-    for name, check in known.items():
-        if only and name not in only:
-            continue
+    return {name: check for name, check in known.items() if not only or name in only}
+
+
+def examine(patient: Patient, only: Collection[str] = ()) -> Iterator[Finding]:
+    """Make the checks (all, or those named) and yield what each comes to."""
+    for name, check in chosen(only).items():
         start = time.perf_counter()
         status, detail = _outcome(check, patient)
         about = (check.__doc__ or name).strip().split("\n", 1)[0]

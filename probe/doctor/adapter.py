@@ -43,7 +43,7 @@ def keys(patient: Patient) -> str:
     size = sum(path.stat().st_size for path in checkpoint.files)
     if size > SMALL:
         return f"{len(shapes)} stored tensors read; wrong names are tried on --random-weights"
-    name = sorted(n for n, shape in shapes.items() if len(shape) == 2)[0]
+    name = max((n for n, shape in shapes.items() if len(shape) == 2), key=lambda n: (n.count("."), n))
     for what, change in WRONG.items():
         with _changed(checkpoint, name, change) as wrong:
             try:
@@ -58,7 +58,7 @@ def keys(patient: Patient) -> str:
 
 def _names(message: str, name: str) -> bool:
     """Whether a message names a tensor, whatever the module before it is called today."""
-    return name in message or ".".join(name.split(".")[-3:]) in message
+    return ".".join(name.split(".")[-4:]) in message
 
 
 WRONG: dict[str, Any] = {
@@ -173,22 +173,34 @@ def _roles_of(prompt: Prompt) -> None:
 
 
 def encoder(patient: Patient) -> str:
-    """The encoder's layers run once per picture pass, and its FLOPs are those of torch's counter."""
+    """Encoder and projector run once for all views, as `views` says; their FLOPs are those of torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = patient.backbone
+    model, images = patient.backbone, [patient.picture(PICTURES[0])]
     if not patient.sees_pictures:
         raise NotHere("there is no image encoder")
     ran: list[int] = []
     with patient.eager(), ExitStack() as stack:
-        for i, layer in enumerate(model.encoder_layers):
-            stack.callback(layer.layer.register_forward_hook(lambda m, a, o, i=i: ran.append(i)).remove)
+        modules = [*(layer.layer for layer in model.encoder_layers), *([model.projector] if model.projector else [])]
+        for i, module in enumerate(modules):
+            stack.callback(module.register_forward_hook(lambda m, a, o, i=i: ran.append(i)).remove)  # type: ignore[misc]
         with FlopCounterMode(display=False) as counter:
-            features = model.encode_images([patient.picture(PICTURES[0])])
-    expect(ran == list(range(len(model.encoder_layers))), f"layers ran as {ran}")
+            features = model.encode_images(images)
+    expect(ran == list(range(len(modules))), f"layers (and the projector) ran as {ran}")
     told, counted = model.encode_flops(features), counter.get_total_flops()
     expect(told == counted, f"encode_flops says {told:.0f}, torch's counter {counted}")
-    return f"{len(ran)} layers, {counted / 1e6:.2f} MFLOPs"
+    said = f"{len(model.encoder_layers)} layers, {counted / 1e6:.2f} MFLOPs"
+    if model.projector is None:
+        return f"{said}; no probe acts in it"
+    cut, shape = model.views(images), features.projected.shape[:2]
+    expect(
+        cut.box.shape[:2] == shape, f"`views` tells of {tuple(cut.box.shape[:2])} views and patches of {tuple(shape)}"
+    )
+    expect(model.encoder_cost is not None, "there is a projector for probes to act around, but no `encoder_cost`")
+    if patient.speaks:
+        count, promised = model.encode(images, "What is it?").n_visual, sum(cut.tokens)
+        expect(count == promised, f"`views` promises {promised} visual tokens, {count} were made")
+    return f"{said}, {shape[0]} views of {shape[1]} patches"
 
 
 CHECKS = (keys, facts, roles, encoder)

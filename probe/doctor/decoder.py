@@ -82,13 +82,14 @@ def mask(patient: Patient) -> str:
             )
     mutual = bool(reach[first_slot, last] > 0)
     expect(mutual != model.causal, f"causal is {model.causal}, but the first slot sees the last: {mutual}")
-    if len(masks) == 1 and masks[0] is None:
-        ones = torch.ones(1, n, dtype=torch.bool, device=patient.device)
-        for given, what in ((written[0][None, None], "4-D"), (ones, "2-D")):
-            if what == "4-D" or not model.causal:
-                patient.expect_close(
-                    patient.states(told.embeds, told.rows, given), states, f"no mask, and a {what} one"
-                )
+    ones = torch.ones(1, n, dtype=torch.bool, device=patient.device)
+    for what, given in {
+        "none": None,
+        "a `(batch, key)` one": ones,
+        "written out": patient.written(masks, told),
+    }.items():
+        spelled = patient.states(told.embeds, told.rows, given)
+        patient.expect_close(spelled, states, f"states under the mask of `sees`, and under {what}")
     _padding(patient)
     pairs = f"{int(reach.sum())} of {n * n} pairs of rows depend" if reach.min() == 0 else "all rows see all"
     return f"{pairs}; rows {', '.join(map(str, looked))} of {n} changed one by one; padding unseen"

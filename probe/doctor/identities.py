@@ -17,7 +17,7 @@ from probe.doctor.runs import (
     RECORD,
     WITHDRAW,
     alike,
-    own_cache,
+    own_and_none,
     recipe_of,
     rule_of,
     run,
@@ -34,7 +34,7 @@ def batch(patient: Patient) -> str:
     if not patient.backbone.batches:
         raise NotHere("the backbone takes one sample at a time")
     gap, names = 0.0, ("confidence", "attention_mass", "entropy")
-    for name in dict.fromkeys(("none", own_cache(patient))):
+    for name in own_and_none(patient):
         for probes in (RECORD, EDITS["layer"] + RECORD):
             together = run(patient, patient.prompts, probes, name)
             for i, (prompt, got) in enumerate(zip(patient.prompts, together, strict=True)):
@@ -116,7 +116,7 @@ def flops(patient: Patient) -> str:
 
     said = []
     with patient.eager():
-        for name in dict.fromkeys(("none", own_cache(patient))):
+        for name in own_and_none(patient):
             for edit, text in {"none": NOTHING, "layer": EDITS["layer"]}.items():
                 with FlopCounterMode(display=False) as counter:
                     (out,) = run(patient, patient.prompts[:1], text, name)
@@ -129,7 +129,7 @@ def flops(patient: Patient) -> str:
 def cost(patient: Patient) -> str:
     """What a step costs."""
     said = []
-    for name in dict.fromkeys(("none", own_cache(patient))):
+    for name in own_and_none(patient):
         run(patient, patient.prompts[:1], NOTHING, name)  # what libraries do once
         (out,) = run(patient, patient.prompts[:1], NOTHING, name)
         times = out.arrays["seconds"].sum(-1)[1:]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from probe.attend import KERNELS
+from probe.attend import KERNELS, kernel_name
 from probe.backbones.base import Backbone, Prompt
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.rows import Rows
@@ -89,6 +89,18 @@ class Patient:
     def device(self) -> torch.device:
         """Where the embeddings are."""
         return next(self.backbone.lm.parameters()).device
+
+    @property
+    def described(self) -> dict[str, str | int]:
+        """Sizes, type and place, for a headline."""
+        facts = self.backbone.facts
+        return {
+            "layers": facts.layers,
+            "width": facts.width,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "attention": kernel_name(str(getattr(self.backbone.lm.config, "_attn_implementation", ""))),
+        }
 
     @property
     def tolerance(self) -> float:
@@ -196,20 +208,29 @@ class Patient:
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Attention as plain matrix products, in decoder and encoder, for the time of a `with` block."""
-        layers = [*self.backbone.layers, *self.backbone.encoder_layers]
-        configs = {id(c): c for x in layers if (c := getattr(x.attention, "config", None)) is not None}
-        before = {key: config._attn_implementation for key, config in configs.items()}
+        """Attention and experts as plain matrix products, in decoder and encoder, for the time of a `with` block.
+
+        Raises `NotHere` where the decoder's attention runs on a kernel that does not hand on its rows.
+        """
         own = getattr(self.backbone.lm.config, "_attn_implementation", None)
         if own not in KERNELS.values():
             raise NotHere(f"attention runs on `{own}`; load with attention=`sdpa` or `eager` to look at its rows")
+        modules = [*self.backbone.lm.modules(), *(x.attention for x in self.backbone.encoder_layers)]
+        configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
+        before = []
         try:
             for config in configs.values():
-                config._attn_implementation = KERNELS["eager"]
+                for setting, plain in {
+                    "_attn_implementation": KERNELS["eager"],
+                    "_experts_implementation": "eager",
+                }.items():
+                    if getattr(config, setting, None) is not None:
+                        before.append((config, setting, getattr(config, setting)))
+                        setattr(config, setting, plain)
             yield
         finally:
-            for key, config in configs.items():
-                config._attn_implementation = before[key]
+            for config, setting, value in reversed(before):
+                setattr(config, setting, value)
 
 
 class KeptKeys:

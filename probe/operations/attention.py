@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from probe.operations.options import QUIET, Lasts, Protect
+from probe.operations.options import QUIET, Lasts, OnCache, Protect
 from probe.registry import operations
 from probe.selections.counts import Keep
 from probe.site import Fate, Plan, QuerySet, Reweight, Site
@@ -19,7 +19,9 @@ Segments = tuple[Segment, ...]
 
 
 @operations.register(quiet=QUIET)
-def mask(kept: Tensor, *, lasts: Lasts = "forward", protect: Protect = ()) -> Plan:
+def mask(
+    kept: Tensor, *, lasts: Lasts = "forward", on_cache: OnCache = "refresh", protect: Protect = ()
+) -> Plan:
     """Hide the keys of the other tokens, remove nothing: the logits of `drop` with positions kept, no saving."""
     return Plan(kept.sort().values, Fate.MASKED)
 

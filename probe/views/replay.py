@@ -44,6 +44,7 @@ _GLYPHS = {
     Fate.WITHDRAWN: "-",
     Fate.MASKED: "x",
     Fate.SKIPPED: "~",
+    Fate.EVICTED: "o",
 }
 
 

@@ -30,6 +30,7 @@ _FATES = {
     Fate.WITHDRAWN: ("withdrawn", "taken out from this layer on"),
     Fate.MASKED: ("masked", "computed, but not looked at"),
     Fate.SKIPPED: ("skipped", "carried around this layer"),
+    Fate.EVICTED: ("evicted", "not in the layer's cache until its next refresh"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ __all__ = ["ADDED", "CONFIGS", "PICTURES", "ROWS", "VISION", "edit_config", "edi
 
 CONFIGS = {"dream": DREAM, "llada": LLADA}
 ADDED = {"dream": DREAM_TOKENS, "llada": LLADA_TOKENS}
-write_checkpoint = write_lavida
+write_checkpoint = partial(write_lavida, seed=1)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -119,7 +119,7 @@ def test_identities_with_a_cache(caching: Any, edit: str, tiny: LladaV, prompts_
     prompts = prompts_for(tiny, 3)
     text = NOTHING if edit == "none" else EDITS[edit]
     if edit == LATE and isinstance(caching, PrefixLM):
-        with pytest.raises(ProbeError, match=r"step 2: probe `edit` .* `raters_answer` rows, but the cache `PrefixLM`"):
+        with pytest.raises(ProbeError, match=r"step 2: probe `edit` .* `raters_answer` rows, but the cache `prefix`"):
             run_probes(tiny, prompts, text, caching=caching)
         return
     together = run_probes(tiny, prompts, text + RECORD, samples=[0, 1, 2], caching=caching)
@@ -199,7 +199,7 @@ def test_dropping_from_the_store_is_dropping_columns(tiny: LladaV, prompts_for: 
     for out in run_probes(tiny, prompts, STORED + RECORD, caching=PrefixLM()):
         nominal, phase = out.arrays["nominal_step"], out.arrays["phase_of_pass"]
         fates, n = out.arrays["visual_kept"], out.arrays["visual_kept"].shape[-1]
-        late = (nominal >= 2) & (phase == 1)
+        late = (nominal >= 2) & (phase == 2)
         assert (fates[~late] == int(Fate.KEPT)).all()
         assert ((fates[late] == int(Fate.KEPT)).sum(-1) == round(n / 4)).all()
         assert (fates[late] == fates[late][:1, :1]).all()

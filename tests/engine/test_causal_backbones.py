@@ -23,7 +23,7 @@ DECODER = {
 }  # fmt: skip
 WRITE = {
     "llava": lambda folder: write_llava_next(folder, text_config={"model_type": "llama", **DECODER}),
-    "qwen": lambda folder: write_qwen_vl(folder, num_hidden_layers=4),
+    "qwen": lambda folder: write_qwen_vl(folder, num_hidden_layers=4, seed=2),
 }
 CACHES: dict[str, Caching] = {"none": Caching(), "kv": KeyValue()}
 STEPS = 5

@@ -131,7 +131,7 @@ def merged(x: Tensor, size: Tensor, unit: Tensor, r: int) -> tuple[Tensor, Tenso
 
 def test_protecting_the_class_token_goes_view_by_view(model: LlavaNext, picture: Image.Image) -> None:
     text = EDITS["ragged"].replace("do: drop", "do: {drop: {protect: [cls]}}")
-    with pytest.raises(ProbeError, match="`group: view`"):
+    with pytest.raises(ProbeError, match=r"at.group: every view has a class token of its own"):
         encode(model, [picture], text)
     one = encode(model, [picture], text.replace(", group: picture", "")).features.survivors
     assert one is not None

@@ -224,6 +224,7 @@ FOUR = "select: {top_k: {keep: 4}}, do: drop"
         (f"{OUT}, score: {{norm: {{space: keys, layer: -5}}}}, {FOUR}", "no layer 5 before it"),
         (f"{OUT}, score: {{similarity: {{space: embedding, stat: mean}}}}, {FOUR}", "use `space: hidden`"),
         (f"{OUT}, score: norm, select: {{top_k: {{keep: {{rank: {{scale: 1}}}}}}}}, do: drop", "rank"),
+        (f"{OUT[:-1]}, group: picture}}, score: norm, {FOUR.replace('drop', 'append')}", "added to one view only"),
         ("at: {site: before_lm, views: base}, do: withdraw", "only in the image encoder"),
         ("at: {site: encoder.output, views: half}, do: withdraw", "none of the choices"),
         ("at: {site: encoder.output, layer: 1}, do: withdraw", "has no layers"),
@@ -242,3 +243,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "encoder.md"
 @pytest.mark.parametrize("snippet", re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL))
 def test_snippets_of_the_page_do_something(snippet: str, tiny: LladaV, picture: Image.Image) -> None:
     assert encode(tiny, [picture], snippet).features.survivors is not None
+
+
+def test_a_kernel_that_answers_no_probes_is_named(tiny_folder: Path, picture: Image.Image) -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("deaf", sdpa_attention_forward)
+    model = load(tiny_folder, encoder_attention="deaf")
+    with pytest.raises(ProbeError, match="encoder layer 0 answered nothing; .* `sdpa` or `eager`"):
+        encode(model, [picture], OUTPUT)

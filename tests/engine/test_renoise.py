@@ -101,9 +101,8 @@ class Watched(Renoise):
         return decision
 
 
-@CACHES
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("pictures", [0, 2])
+@pytest.mark.parametrize(("pictures", "caching"), [(0, NoCache()), (2, Blocks())], ids=["none", "blocks"])
 def test_every_step_is_that_of_the_native_generation(
     caching: Any, case: str, pictures: int, exact: Path, calm: Path
 ) -> None:
@@ -155,7 +154,7 @@ def test_every_step_is_that_of_the_native_generation(
     assert (first < len(theirs.tokens)) == (case == "ended")
 
 
-@pytest.mark.parametrize("which", [[0], [1], [2], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("which", [[0], [0, 1, 2]], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 0.7])
 def test_a_cache_changes_nothing(which: list[int], scale: float, model: Backbone, prompts: list[Prompt]) -> None:
     chosen = [prompts[i] for i in which]
@@ -228,20 +227,19 @@ def test_what_is_written_when(model: Backbone, prompts: list[Prompt]) -> None:
         torch.testing.assert_close(step.confidence, top)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_inversion_draws_from_the_same_distribution(temperature: float) -> None:
-    logits = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(1)) / temperature
+def test_inversion_draws_from_the_same_distribution() -> None:
+    logits = 2 * torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(1))
     ask = Ask(np.arange(3), np.ones((1, 3), bool), [0], [True], 0, (0, 3))
     counts: dict[str, torch.Tensor] = {}
     for kind in ("inversion", "multinomial"):
         state: Any = type("State", (), {"draw": [Draw(torch.Generator().manual_seed(5))]})
-        drawn = [Renoise(sample=kind)._drawn(state, ask, logits) for _ in range(4000)]  # type: ignore[arg-type]
+        drawn = [Renoise(sample=kind)._drawn(state, ask, logits) for _ in range(2000)]  # type: ignore[arg-type]
         counts[kind] = torch.stack([torch.nn.functional.one_hot(s[0], 6) for s, _ in drawn]).double().mean(0)
         noise = torch.stack([n for _, n in drawn]).flatten()
-        assert (noise.bincount(minlength=6) / len(noise) - 1 / 6).abs().max() < 0.02
+        assert (noise.bincount(minlength=6) / len(noise) - 1 / 6).abs().max() < 0.03
     p = logits[0].double().softmax(-1)
     for share in counts.values():
-        assert (share - p).abs().max() < 5 * (0.25 / 4000) ** 0.5
+        assert (share - p).abs().max() < 5 * (0.25 / 2000) ** 0.5
 
 
 def test_inversion_decodes(model: Backbone, prompts: list[Prompt]) -> None:

@@ -147,7 +147,7 @@ def sparse(p: Params, entry: Params) -> Run:
 
 def tempered(p: Params) -> dict[str, Any]:
     """The settings of Dream's kind that differ from their defaults."""
-    names = {"alg": "alg", "eps": "eps", "top_p": "top_p", "top_k": "top_k", "alg_temp": "alg_temp"}
+    names = {"alg": "algorithm", "eps": "eps", "top_p": "top_p", "top_k": "top_k", "alg_temp": "alg_temp"}
     return {mine: p[name] for name, mine in names.items() if name in p}
 
 
@@ -160,7 +160,7 @@ def fdream(p: Params, entry: Params) -> Run:
 def fdream_block(p: Params, entry: Params) -> Run:
     caching = {"prefix": FastPrefix, "dual": FastDual}[p["cache"]](boundary="commit")
     if p["alg"] == "confidence_threshold":
-        return Run(DreamBlocks(alg="maskgit_plus", tau=p["threshold"]), **sizes(p), caching=caching)
+        return Run(DreamBlocks(algorithm="maskgit_plus", tau=p["threshold"]), **sizes(p), caching=caching)
     return Run(DreamBlocks(tau=None, **tempered(p)), **sizes(p), caching=caching)
 
 
