@@ -208,7 +208,8 @@ def test_only_surgery_changes_the_length_of_a_sequence() -> None:
                 picking.add((name, function))
     assert picking <= set(ALONG_A_SEQUENCE)
     knives = {"narrow", "hide", "take", "restore", "select", "extend", "resize", "take_columns", "put_columns"}
-    assert {n for n in MODULES if taken(n, "surgery") & knives} <= {"canvas", "pass_state", "store", "shadow", "delta_cache"}
+    users_of = {n for n in MODULES if taken(n, "surgery") & knives}
+    assert users_of <= {"canvas", "pass_state", "store", "shadow", "delta_cache"}
 
 
 def test_only_tracer_and_encoder_put_hooks_on_modules() -> None:
