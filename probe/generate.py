@@ -126,6 +126,7 @@ def generate(
             "rows_computed": np.array([tracer.rows[i][b] for i in passes], np.int32),
             "unreached": np.array(len(edits - {name for i in passes for name in tracer.fired[i]}), np.int32),
             "prompt_length": np.array(prompt.embeds.shape[0]),
+            "visual_original": np.array(prompt.n_original),
         }
         ids = finished.output[b]
         out.append(Generated(ids, backbone.decode(ids), total, arrays))
