@@ -49,8 +49,8 @@ def _never_again(probe: BoundProbe, caching: Caching, steps: int) -> str | None:
     for step in range(steps):
         clock = _clock(step, steps, Phase.DENOISE)
         if probe.fires(clock) and (reason := reads_prompt(probe.edit, probe.site, clock)):
-            name = name_of(caching)
-            return f"{reason} from step {step} on, but the cache `{name}` computes the prompt once, before the first step"
+            why = f"the cache `{name_of(caching)}` computes the prompt once, before the first step"
+            return f"{reason} from step {step} on, but {why}"
     return None
 
 

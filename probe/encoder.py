@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from probe.backbones.base import Backbone, Features
+from probe.backbones import visual_count
+from probe.backbones.base import Backbone, Features, Prompt
 from probe.compile import ProbeTable
 from probe.encoder_pass import EncoderPass
 from probe.encoder_state import ViewState
@@ -37,6 +38,13 @@ class Encoded:
     flops: float
     probe_flops: float = 0.0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    unpruned: int | None = None
+    """Visual tokens of the pictures as they came, where the encoder was shown smaller ones."""
+
+    def assemble(self, backbone: Backbone, question: str, *, think: bool = False) -> Prompt:
+        """The sample as the language model meets it; its budget is that of the pictures as they came."""
+        prompt = backbone.assemble(question, self.features, think=think)
+        return prompt if self.unpruned is None else replace(prompt, unpruned=self.unpruned)
 
 
 @torch.inference_mode()
@@ -56,9 +64,12 @@ def encode_with_probes(
     charged to the `probe` section of `watch`.
     """
     see = backbone.encode_video if clip else backbone.encode_images
-    if not table.encoder:
+    shrunk, whole = resized(images, table, clip=clip), None
+    if shrunk is not images:
+        images, whole = shrunk, visual_count(backbone.source, [image.size for image in images])
+    if all(p.site is Site.IMAGES for p in table.encoder):
         features = see(images)
-        return Encoded(features, backbone.encode_flops(features))
+        return Encoded(features, backbone.encode_flops(features), unpruned=whole)
     dims, projector = backbone.encoder_cost, backbone.projector
     if dims is None or projector is None:
         raise ProbeError(f"no probe can act in the encoder of {backbone.facts.name}: its adapter does not say how")
@@ -88,7 +99,21 @@ def encode_with_probes(
         features = see(images)
     if not state.state.pristine:
         features = replace(features, survivors=state.state.survivors())
-    return Encoded(features, float(state.flops["encode"]), float(state.flops["probe"]), state.arrays)
+    arrays = state.arrays if whole is None else state.arrays | {"visual_original": np.array(whole)}
+    return Encoded(features, float(state.flops["encode"]), float(state.flops["probe"]), arrays, whole)
+
+
+def resized(images: Sequence[Image.Image], table: ProbeTable, *, clip: bool = False) -> Sequence[Image.Image]:
+    """The pictures that the encoder is shown: the very ones that came, or made smaller by probes at `images`."""
+    for probe in (p for p in table.encoder if p.site is Site.IMAGES and p.edit is not None):
+        assert probe.edit is not None
+        if clip:
+            raise ProbeError(f"probe `{probe.name}` ({probe.place}) makes pictures smaller, not the frames of a clip")
+        options = probe.edit.do.variants[0]
+        sizes = [probe.edit.do.entry.function(image.size, **options) for image in images]
+        if any(image.size != size for image, size in zip(images, sizes, strict=True)):
+            images = [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, sizes, strict=True)]
+    return images
 
 
 def _attach(backbone: Backbone, state: EncoderPass) -> list[Any]:

@@ -14,6 +14,7 @@ from probe.recipe_at import Span, Steps
 from probe.site import ModelFacts, Site, first_step
 
 _SITES = {
+    Site.IMAGES: "the sample's pictures, before they are cut into views",
     Site.ENCODER_LAYER_ATTENTION: "inside the image encoder: the attention of {layers}",
     Site.ENCODER_LAYER_AFTER_ATTENTION: "inside the image encoder: between attention and MLP of {layers}",
     Site.ENCODER_OUTPUT: "patch features as they leave the image encoder, before the projector",
@@ -83,7 +84,7 @@ def _probe(
         ("when", ONCE if inside else _steps(first.steps, nominal)),
     ]
     if inside:
-        rows.append(("sees", looks_at(first)))
+        rows += [("sees", looks_at(first))] if first.site is not Site.IMAGES else []
         n_visual = None
     if first.when:
         conditions = " and ".join(condition.in_words() for condition in first.when)
@@ -96,6 +97,9 @@ def _probe(
             rows.append(("records", f"{record.name}{renamed}: {about}{_options(record.signal)}"))
     else:
         edits = [(p.layer, p.edit) for p in probes if p.edit is not None]
+        if first.site is Site.IMAGES:
+            rows.append(("does", _each([(at, e.do) for at, e in edits], nominal)))
+            return _titled(number, probes, rows)
         score = first.edit.score
         if score is not None:
             rows.append(("scores", _each([(at, e.score) for at, e in edits if e.score is not None], nominal)))
@@ -109,6 +113,12 @@ def _probe(
             rows.append(("lasts", lasting(first)))
         elif lasts:
             rows.append(("lasts", "; or ".join(_LASTS.get(word, word) for word in lasts)))
+    return _titled(number, probes, rows)
+
+
+def _titled(number: int, probes: list[BoundProbe], rows: list[tuple[str, str]]) -> list[str]:
+    """A probe's rows under its name."""
+    first = probes[0]
     verb = "intervenes" if first.edit is not None else "records"
     title = textwrap.wrap(f"{number}. {first.name} ({verb})", WIDTH)
     return [*title, *(_row(f"   {name:<8}", words) for name, words in rows)]

@@ -55,7 +55,8 @@ def generate(
 
     `samples` are the global numbers of the batch's samples: a sample's noise depends on `seed` and its number, not
     on who shares its batch. `watch` may already hold the time of encoding. `reference` are the unpruned run's logits,
-    `uncached` those of the run without a cache, for signals that compare with them; `collected` is a dict to fill with this run's.
+    `uncached` those of the run without a cache, for signals that compare with them; `collected` is a dict to fill with
+    this run's.
     """
     numbers = list(samples) if samples is not None else list(range(len(prompts)))
     device = prompts[0].embeds.device
@@ -125,6 +126,7 @@ def generate(
             "rows_computed": np.array([tracer.rows[i][b] for i in passes], np.int32),
             "unreached": np.array(len(edits - {name for i in passes for name in tracer.fired[i]}), np.int32),
             "prompt_length": np.array(prompt.embeds.shape[0]),
+            "visual_original": np.array(prompt.n_original),
         }
         ids = finished.output[b]
         out.append(Generated(ids, backbone.decode(ids), total, arrays))

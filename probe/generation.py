@@ -16,6 +16,7 @@ from probe.errors import ProbeError
 from probe.recipe import Part, Recipe
 from probe.recipe_words import Wrong
 from probe.registry import Registry, cachings, lengths, nearest, unmaskings
+from probe.site import Site
 
 MASK = "[MASK]"
 """What stands for an open slot in `generate.answer`."""
@@ -47,6 +48,7 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
     if remasking not in get_args(Remasking):
         raise recipe.fault(("generate", "remasking"), f"is `{remasking}`; known: {', '.join(get_args(Remasking))}")
     unmasking, caching, length = policies(recipe, defaults)
+    check_reach(backbone, recipe, caching)
     rule = Rule(
         gen_length=gen_length,
         block_length=block_length,
@@ -69,6 +71,39 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
     if (found := misfit(unmasking, caching, shift=backbone.shift, causal=backbone.causal)) is not None:
         raise recipe.fault(("generate", found[0]), found[1])
     return rule
+
+
+def check_reach(backbone: Backbone, recipe: Recipe, caching: Caching) -> None:
+    """Raise `ProbeError` where an intervention waits for a pass, or for rows, that this way of decoding never has."""
+    for i, probe in enumerate(recipe.probes):
+        if probe.record is not None:
+            continue
+        if probe.at.steps.exactly == ("prefill",) and not caching.stores:
+            words = "`prefill` is when the prompt is computed for a cache, and there is none: set `generate.cache`"
+            raise recipe.fault(("probes", i, "at", "steps"), words)
+        if probe.at.site is Site.PREFIX_CACHE and not caching.stores:
+            words = "`prefix_cache` is where keys are stored, and there is no cache: set `generate.cache`"
+            raise recipe.fault(("probes", i, "at", "site"), words)
+        if not backbone.causal:
+            continue
+        words = "`masked` rows never come: {} writes one token after the other; try `last`, or `answer`"
+        for j, condition in enumerate(probe.at.when):
+            if condition.source == "masked":
+                raise recipe.fault(("probes", i, "at", "when", j, "from"), words.format(backbone.facts.name))
+        for key in ("score", "select", "do"):
+            part = getattr(probe, key)
+            if part is not None and "masked" in _named(part.params, "queries") | _named(part.params, "from"):
+                raise recipe.fault(("probes", i, key), words.format(backbone.facts.name))
+
+
+def _named(params: Any, key: str) -> set[str]:
+    """What stands behind a key anywhere in nested parameters."""
+    if isinstance(params, Mapping):
+        given = params.get(key)
+        listed = given if isinstance(given, list | tuple) else [given]
+        own = {word for word in listed if isinstance(word, str)}
+        return own.union(*(_named(value, key) for value in params.values()))
+    return set().union(*(_named(item, key) for item in params)) if isinstance(params, list | tuple) else set()
 
 
 def policies(recipe: Recipe, defaults: GenerationDefaults) -> tuple[Unmasking, Caching, Length]:

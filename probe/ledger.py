@@ -37,13 +37,14 @@ class Ledger:
         self._steps: list[list[_State]] = []
         self._columns: list[_State] | None = None
         self._gone: list[tuple[Layout, Sequence[Plan | None]]] = []
+        self._passing: int | None = None
 
     def begin(self, *, cached: bool = False) -> None:
         """A pass begins: with what is left of the canvas, or a cached one with what the store's layers hold."""
         if not cached:
             self._columns = None
         self._steps.append([self._lasting] * self.layers if self._columns is None else list(self._columns))
-        self._gone = []
+        self._gone, self._passing = [], None
 
     def note(self, before: Layout, plans: Sequence[Plan | None], first_layer: int, *, lasting: bool) -> None:
         """An edit on `before`, in force from `first_layer` on; `lasting` carries it to the following steps."""
@@ -61,6 +62,10 @@ class Ledger:
                 done[key] = _after(now[layer], before, plans)
             now[layer] = done[key]
 
+    def forget_appended(self, first_layer: int) -> None:
+        """Tokens that are appended in this pass, from this layer on, are not stored."""
+        self._passing = first_layer
+
     def keep_columns(self) -> None:
         """The pass stored its keys: what stands in each layer's columns from here on.
 
@@ -75,6 +80,10 @@ class Ledger:
                     done[id(state)] = _after(state, before, plans, stays=False)
                 fates[i] = done[id(state)]
         self._columns = list(fates)
+        if self._passing is not None:
+            for i in range(self._passing, self.layers):
+                fates_then = self._columns[i]
+                self._columns[i] = _State(fates_then.fates, torch.minimum(fates_then.appended, self._lasting.appended))
 
     def evict(self, layouts: Sequence[Layout | None]) -> None:
         """The cache itself left columns out, layer by layer: these are what the following cached passes read."""
@@ -114,7 +123,8 @@ def _after(state: _State, before: Layout, plans: Sequence[Plan | None], *, stays
         if plan is None:
             continue
         ids = before.visual[b, before.visual_rows[b]]
-        lost = torch.ones(width + 1, dtype=torch.bool, device=ids.device).index_fill_(0, ids.where(ids >= 0, width), False)
+        lost = torch.ones(width + 1, dtype=torch.bool, device=ids.device)
+        lost.index_fill_(0, ids.where(ids >= 0, width), False)
         out_of_sight = Fate.DROPPED if plan.fate is Fate.MERGED else plan.fate
         now[b] = torch.where(lost & (now[b] == int(Fate.KEPT)), int(out_of_sight), now[b])
         fate = torch.full_like(ids, int(plan.fate), dtype=now.dtype)

@@ -83,6 +83,8 @@ class PassState:
         self._cuts: list[tuple[Sequence[Plan | None], Layout]] = []
         self._key_index: dict[int, list[Tensor]] = {}
         self._late_cuts: list[tuple[int, Sequence[Plan | None], Layout]] = []
+        self._passing: tuple[int, int] | None = None
+        """From which layer and row number on tokens were appended for this pass alone."""
         self._shrunk = False
         self.entered: tuple[Tensor, Layout] | None = None
         """Hidden states as they entered the layer that runs now, and their layout."""
@@ -324,6 +326,10 @@ class PassState:
         for first_layer, plans, said_of in self._late_cuts:
             for layer in range(first_layer):
                 store.cut(layer, plans, said_of, self.streams)
+        if self._passing is not None:
+            first_layer, first_row = self._passing
+            for layer in range(first_layer, self.kit.dims.layers):
+                store.forget_appended(layer, first_row, self.streams)
         if self._shrunk and store.layers[0] is not None:
             held = store.layers[0].layout
             store.place_answers([n - t for n, t in zip(held.length, held.tail, strict=True)])
@@ -376,7 +382,7 @@ class PassState:
         return keys, indices
 
     def _chosen_from(self, layer: int, first_layer: int) -> Layout:
-        """The tokens that an edit after `layer` decides about: in a cached pass those that the next layer has stored."""
+        """The tokens that an edit after `layer` decides about: in a cached pass those that the next layer stores."""
         if not self.cached:
             return self.layout
         if layer < first_layer < self.kit.dims.layers:
@@ -570,8 +576,8 @@ class PassState:
             return
         if self.request.work.delta is not None:
             raise ProbeError(
-                "new tokens that an intervention appends inside a layer have no row in later passes, which `dllm_cache` "
-                "needs; use another cache, or recycle none"
+                "new tokens that an intervention appends inside a layer have no row in later passes, which "
+                "`dllm_cache` needs; use another cache, or recycle none"
             )
         for b, plan in enumerate(plans):
             new = self.canvas.embeds.new_zeros(most, self.canvas.embeds.shape[-1])
@@ -626,6 +632,9 @@ class PassState:
             return hidden
         if lasting and self.request.work.cached:
             self._late_cuts.append((first_layer, plans, before))
+            if options.get("recycled") == "forward" and self._passing is None:
+                self._passing = first_layer, before.length_at_start
+                self.kit.ledger.forget_appended(first_layer)
         self._changed = True
         if _fate(plans) is Fate.MASKED:
             self.layout = self.keys = hide(self.layout, plans)

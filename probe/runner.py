@@ -23,7 +23,7 @@ from probe.compile import ProbeTable, Record, compile_recipe
 from probe.composition import check_composition
 from probe.data.pictures import on_sheet
 from probe.decoding.caching import NoCache
-from probe.encoder import encode_with_probes
+from probe.encoder import Encoded, encode_with_probes
 from probe.errors import ProbeError
 from probe.generate import Generated, OnStep, generate
 from probe.generation import rule_for
@@ -348,7 +348,7 @@ class _Seen:
 def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, *, think: bool) -> _Seen:
     """Encode a sample's pictures or clip under a table's probes, and lay the prompt out."""
     watch = Stopwatch(next(backbone.parameters()).device)
-    features, flops, arrays = None, {"encode": 0.0, "probe": 0.0}, dict[str, np.ndarray]()
+    done: Encoded | None = None
     with watch.section("encode"):
         if sample.pictures:
             done = encode_with_probes(
@@ -360,11 +360,12 @@ def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, 
                 seed=seed,
                 watch=watch,
             )
-            features, arrays = done.features, done.arrays
-            flops = {"encode": done.flops, "probe": done.probe_flops}
+    flops = {"encode": 0.0 if done is None else done.flops, "probe": 0.0 if done is None else done.probe_flops}
     spent = watch.drain()
     seconds = {phase: sum(s for (_, p), s in spent.items() if p == phase) for phase in flops}
-    return _Seen(backbone.assemble(sample.question, features, think=think), seconds, flops, arrays)
+    if done is None:
+        return _Seen(backbone.assemble(sample.question, None, think=think), seconds, flops, {})
+    return _Seen(done.assemble(backbone, sample.question, think=think), seconds, flops, done.arrays)
 
 
 def _charged(result: Generated, seen: _Seen) -> Generated:

@@ -113,16 +113,17 @@ class Site(StrEnum):
     In the encoder every view of a picture is a sequence of its own; `layer` counts the encoder's layers there.
     """
 
+    IMAGES = "images"  # a sample's pictures, before they are cut into views
     ENCODER_LAYER_ATTENTION = "encoder.layer.attention"  # the attention rows of an encoder layer
     ENCODER_LAYER_AFTER_ATTENTION = "encoder.layer.after_attention"  # between attention and MLP of an encoder layer
     ENCODER_OUTPUT = "encoder.output"  # patch features of every view, before the projector
     PROJECTOR_OUTPUT = "projector.output"  # projected features of every view, before tiles are joined
     BEFORE_LM = "before_lm"  # the assembled sequence, before layer 0
     PREFIX_CACHE = "prefix_cache"  # stored keys and values, before a pass reads them; `layer`: whose keys are scored
-    LAYER_INPUT = "layer.input"
+    LAYER_INPUT = "layer.input"  # what enters a layer
     LAYER_ATTENTION = "layer.attention"  # the attention rows of the layer
     LAYER_AFTER_ATTENTION = "layer.after_attention"  # the residual stream between attention and MLP
-    LAYER_OUTPUT = "layer.output"
+    LAYER_OUTPUT = "layer.output"  # what leaves a layer
     FINAL = "final"  # after the final norm
     LOGITS = "logits"  # rows of answer slots through the head
 
@@ -134,7 +135,7 @@ class Site(StrEnum):
     @property
     def in_encoder(self) -> bool:
         """Whether the site lies before the language model, where pictures are encoded once, before the first step."""
-        return self.value.startswith(("encoder.", "projector."))
+        return self.value.startswith(("encoder.", "projector.")) or self is Site.IMAGES
 
 
 EDIT_SITES: tuple[Site, ...] = (
@@ -222,4 +223,4 @@ class ModelFacts:
 
 def refuse_encoder(why: str) -> tuple[tuple[Site, str], ...]:
     """What `ModelFacts.refused` says of an encoder that no probe acts in."""
-    return tuple((site, why) for site in Site if site.in_encoder)
+    return tuple((site, why) for site in Site if site.in_encoder and site is not Site.IMAGES)

@@ -113,6 +113,17 @@ class KeyStore:
             held.key, held.value = take_columns(held.key, index, streams), take_columns(held.value, index, streams)
         held.layout = new
 
+    def forget_appended(self, layer: int, first: int, streams: int = 1) -> None:
+        """Remove the columns of tokens that were appended with row numbers from `first` on. Waits for the device."""
+        held = self.layers[layer]
+        if held is None:
+            return
+        rows = held.layout.row
+        plans = [Plan((rows[b, seen] < first).nonzero()[:, 0]) for b, seen in enumerate(held.layout.visual_rows)]
+        new, index = narrow(held.layout, plans)
+        held.key, held.value = take_columns(held.key, index, streams), take_columns(held.value, index, streams)
+        held.layout = new
+
     def keep(self, layer: int, places: Sequence[Tensor], streams: int = 1) -> None:
         """Each sample keeps the columns at its `places (n,)`, ascending."""
         held = self.layers[layer]

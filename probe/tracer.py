@@ -17,7 +17,7 @@ from torch import Tensor
 
 from probe.backbones.base import Backbone
 from probe.canvas import Canvas
-from probe.compile import BoundProbe, ProbeTable
+from probe.compile import BoundProbe, Call, ProbeTable
 from probe.conditions import Watch
 from probe.delta_cache import DeltaStore, replaced
 from probe.inputs import reads_prompt
@@ -65,7 +65,7 @@ class Tracer:
             ),
         )
         self.shift = backbone.shift
-        self._acted: set[tuple[str, int | None]] = set()
+        self._acted: set[tuple[Any, ...]] = set()
         self.code_probes = tuple(code_probes)
         self.flops: list[dict[str, int]] = []
         """FLOPs of the whole batch by phase, one entry per pass."""
@@ -102,7 +102,7 @@ class Tracer:
                 state.at_final(probe, hidden)
         state.finish()
         if request.work.prompt == "all":
-            self._acted |= {(p.name, p.layer) for p in firing}
+            self._acted |= {_occasion(p, request.clock) for p in firing}
         if request.work.cached or delta is not None:
             kit.ledger.keep_columns()
             if request.work.evict is not None:
@@ -139,10 +139,10 @@ class Tracer:
         """Which probe of this step looks at rows that a cached pass does not compute, and why.
 
         One that has acted since its start, in a pass that computed the prompt, need not act again: what it removed is
-        gone from the columns.
+        gone from the columns. One that names its steps, or wants another number of tokens by now, must.
         """
         for probe in self.kit.table.at(clock):
-            if probe.edit is None or (probe.name, probe.layer) in self._acted:
+            if probe.edit is None or _occasion(probe, clock) in self._acted:
                 continue
             if reason := reads_prompt(probe.edit, probe.site, clock):
                 return f"probe `{probe.name}` ({probe.place}) {reason}"
@@ -171,6 +171,17 @@ class Tracer:
                 return hidden
             hidden = self.kit.backbone.lm(**inputs).last_hidden_state
             return cast(Tensor, hidden)
+
+
+def _occasion(probe: BoundProbe, clock: Clock) -> tuple[Any, ...]:
+    """What tells one act of an intervention from another: named steps, values of a schedule, progress."""
+    calls: list[Call] = []
+    if probe.edit is not None:
+        calls = [c for p in (probe.edit.score, probe.edit.select, probe.edit.do) if p is not None for c in p.walk()]
+    params = [c.params(clock) for c in calls]  # the same mapping as long as the same values hold
+    follows_time = any(getattr(given.get("keep"), "rule", "") == "cumulative" for given in params)
+    step = clock.step if follows_time or probe.steps.exactly is not None else None
+    return probe.name, probe.layer, step, *map(id, params)
 
 
 def _skips_mlp(probe: BoundProbe) -> bool:

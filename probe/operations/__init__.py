@@ -6,6 +6,7 @@ what it is given, of one sample with n alive visual tokens:
 - `kept (k,)` int64: what the selection kept, best first; `into (n,)`, `part (k,)`: what else a `Choice` says, or None
 - `hidden (n, width)`: hidden states at the probe's site; `size (n,)` float32: how many original tokens stand behind
   each
+- `size` at the site `images`: (width, height) of a picture in pixels; the operation gives the size that it shall have
 - `score (n,)` float32: the probe's score, where it gives one number per token
 - `noise`: a function of m that gives `(m,)` uniform numbers in [0, 1), seeded per sample, probe and step
 
@@ -29,6 +30,7 @@ from __future__ import annotations
 from probe.operations.attention import evict, mask, reweight_attention, skip_layers
 from probe.operations.merging import append, merge
 from probe.operations.options import AnswerPositions, Lasts, OnCache, Ordering, Protect
+from probe.operations.pictures import resize
 from probe.operations.plans import sources, unmerge
 from probe.operations.recycling import clusters, recycle
 from probe.operations.removing import drop, withdraw
@@ -46,6 +48,7 @@ __all__ = [
     "mask",
     "merge",
     "recycle",
+    "resize",
     "reweight_attention",
     "skip_layers",
     "sources",

@@ -10,6 +10,7 @@ from probe.backbones import load
 from probe.site import EDIT_SITES, Site
 
 _SAID: dict[Site, str] = {
+    Site.IMAGES: "the pictures, before they are cut into views",
     Site.ENCODER_LAYER_ATTENTION: "the attention rows of encoder layer i",
     Site.ENCODER_LAYER_AFTER_ATTENTION: "between attention and MLP of encoder layer i",
     Site.ENCODER_OUTPUT: "patch features of every view, before the projector",
@@ -36,6 +37,7 @@ def render_sites(name: str) -> RenderableType:
         return names[id(module)].replace("layers.0", "layers[i]")
 
     behind = {
+        Site.IMAGES: "pictures",
         Site.ENCODER_LAYER_ATTENTION: path(encoder.attention) if encoder else "",
         Site.ENCODER_LAYER_AFTER_ATTENTION: f"{path(encoder.pre_mlp_norm)}.input" if encoder else "",
         Site.ENCODER_OUTPUT: f"{path(backbone.projector)}.input" if backbone.projector else "",

@@ -82,9 +82,11 @@ def fresh_registries() -> Iterator[None]:
     """Every command is a process of its own to the reader: what a plugin registers is gone afterwards."""
     import probe.vocabulary  # noqa: F401
     from probe import registry
+    from probe.backbones import backbones
     from probe.probe_code import CODE_PROBES
 
     kinds = [kind for kind in vars(registry).values() if isinstance(kind, registry.Registry)]
+    kinds.append(backbones)
     before = [dict(kind._entries) for kind in kinds]
     codes = dict(CODE_PROBES)
     try:

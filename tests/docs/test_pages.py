@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pages
 import pytest
+from typer.main import get_command
 
 from probe.__main__ import load_cli
 
 DOCS = pages.REPO / "docs"
-OURS = [
-    pages.REPO / "README.md",
-    *(DOCS / f"{n}.md" for n in ("start", "python", "pruners", "backbones", "architecture")),
-]
+NAMES = ("start", "python", "pruners", "backbones", "adapter", "architecture")
+OURS = [pages.REPO / "README.md", *(DOCS / f"{name}.md" for name in NAMES)]
 ALL = [pages.REPO / "README.md", *sorted(DOCS.glob("*.md"))]
 OTHERS = [page for page in ALL if page not in OURS]  # their recipes and outputs have tests of their own
 README = OURS[0].read_text()
@@ -81,14 +80,17 @@ def test_python_on_the_readme_is_short() -> None:
     assert len([line for line in code.splitlines() if line.strip()]) < 10
 
 
+def test_the_backbone_of_ones_own_is_short() -> None:
+    (code,) = [b for b in pages.blocks((DOCS / "adapter.md").read_text()) if b.file]
+    assert len(code.text.splitlines()) < 150
+
+
 def test_the_readme_lists_the_commands() -> None:
     assert re.findall(r"^\| `probe (\w+)", README, flags=re.MULTILINE) == commands_of_the_program()
 
 
 def commands_of_the_program() -> list[str]:
-    app = load_cli().app
-    parts = [app, *(group.typer_instance for group in app.registered_groups if group.typer_instance is not None)]
-    return [c.callback.__name__ for part in parts for c in part.registered_commands if c.callback]
+    return list(get_command(load_cli().app).commands)
 
 
 def test_public_names_are_listed() -> None:

@@ -119,7 +119,7 @@ def test_identities_with_a_cache(caching: Any, edit: str, tiny: LladaV, prompts_
     prompts = prompts_for(tiny, 3)
     text = NOTHING if edit == "none" else EDITS[edit]
     if edit == LATE and isinstance(caching, PrefixLM):
-        with pytest.raises(ProbeError, match=r"step 2: probe `edit` .* `raters_answer` rows, but the cache `PrefixLM`"):
+        with pytest.raises(ProbeError, match=r"step 2: probe `edit` .* `raters_answer` rows, but the cache `prefix`"):
             run_probes(tiny, prompts, text, caching=caching)
         return
     together = run_probes(tiny, prompts, text + RECORD, samples=[0, 1, 2], caching=caching)
