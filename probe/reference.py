@@ -123,6 +123,8 @@ def _type(annotation: object, hint: object) -> str:
     """The type as the source spells it; the choices where there are some."""
     if get_origin(hint) is Literal:
         return " | ".join(map(repr, get_args(hint)))
+    if isinstance(annotation, str) and (bare := re.fullmatch(r"Annotated\[(.+?), \w+\(.*\)\]", annotation)):
+        return bare[1]
     return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
 
 
