@@ -1,7 +1,7 @@
 """The command line: parses, calls `probe.*`, prints.
 
-Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones and traces stand in
-`probe/cli_backbones.py` and `probe/cli_traces.py`.
+Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones and traces, and those for
+people who write pruners, stand in `probe/cli_backbones.py`, `probe/cli_traces.py` and `probe/cli_tools.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from probe import cli_backbones, cli_traces
+from probe import cli_backbones, cli_tools, cli_traces
 from probe.cli_common import (
     BackboneOption,
     PluginOption,
@@ -116,33 +116,41 @@ def check(
         str | None, typer.Option(metavar="WxH", help="Count the visual tokens of a picture of this size, e.g. 640x480.")
     ] = None,
 ) -> None:
-    """Say in words what a recipe will do on a backbone, without loading its weights."""
+    """Say in words what a recipe will do on a backbone, and what it will leave, without loading its weights."""
     from probe.backbones import facts_of, visual_count
     from probe.composition import check_without_weights
     from probe.explain import explain
+    from probe.outlook import outlook
     from probe.plugins import load_plugins
 
     load_plugins(plugin or [])
     loaded = recipe_of(recipe, sets, backbone=backbone)
-    n_visual = visual_count(loaded.backbone, [size_of(picture)]) if picture is not None else None
+    sizes = [size_of(picture)] if picture is not None else None
     facts = facts_of(loaded.backbone)
     check_without_weights(loaded, facts)
+    n_visual = visual_count(loaded.backbone, sizes) if sizes else None
     out.print(explain(loaded, facts, n_visual), highlight=False, markup=False)
+    if (foreseen := outlook(loaded, sizes)) is not None:
+        out.print(foreseen, highlight=False, markup=False)
 
 
 @app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
-    from rich.table import Table
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Show this one as it is written.")] = None,
+) -> None:
+    """List the shipped recipes: what each does, where it acts, its dials, its paper. Or show one."""
+    from probe.catalogue import catalogue, source_of
+    from probe.views.catalogue import render_catalogue
 
-    from probe.recipe import shipped_recipes
+    if name is None:
+        out.print(render_catalogue(catalogue()))
+        return
+    path, text = source_of(name)
+    out.print(f"# {path}", highlight=False, markup=False, soft_wrap=True)
+    out.print(text, highlight=False, markup=False, soft_wrap=True, end="")
 
-    table = Table("recipe", "what it does", box=None, pad_edge=False)
-    for info in shipped_recipes():
-        table.add_row(info.name, info.about)
-    out.print(table)
 
-
+app.add_typer(cli_tools.app)
 app.add_typer(cli_backbones.app)
 app.add_typer(cli_traces.app)
 

@@ -20,6 +20,28 @@ if TYPE_CHECKING:
     from probe.recipe import parse_recipe as parse_recipe
     from probe.runner import run as run
     from probe.trace import open_trace as open  # noqa: F401
+    from probe.writing import caching as caching
+    from probe.writing import calibration as calibration
+    from probe.writing import length as length
+    from probe.writing import nnsight as nnsight
+    from probe.writing import operation as operation
+    from probe.writing import score as score
+    from probe.writing import selection as selection
+    from probe.writing import signal as signal
+    from probe.writing import unmasking as unmasking
+
+_DECORATORS = (
+    "caching",
+    "calibration",
+    "length",
+    "nnsight",
+    "operation",
+    "score",
+    "selection",
+    "signal",
+    "unmasking",
+)
+"""What adds to the vocabulary (`probe.writing`)."""
 
 _PUBLIC = {
     "ProbeError": "probe.errors:ProbeError",
@@ -33,6 +55,7 @@ _PUBLIC = {
     "open": "probe.trace:open_trace",
     "parse_recipe": "probe.recipe:parse_recipe",
     "run": "probe.runner:run",
+    **{name: f"probe.writing:{name}" for name in _DECORATORS},
 }
 
 __all__ = sorted(_PUBLIC)

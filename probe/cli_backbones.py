@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from probe.cli_common import out
+from probe.cli_common import PluginOption, out
 
 app = typer.Typer()
 
@@ -50,14 +50,17 @@ def doctor(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, float64.")] = "auto",
     attention: Annotated[str | None, typer.Option(help="The attention kernel, e.g. sdpa or eager.")] = None,
+    plugin: PluginOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check that a backbone keeps the adapter contract, line by line."""
     from probe.doctor import chosen, examine
     from probe.doctor.admit import admit
+    from probe.plugins import load_plugins
     from probe.runner import pick_device
     from probe.views import checklist
 
+    load_plugins(plugin or [])
     chosen(only or ())  # a wrong name is said before anything is loaded
     findings = []
     with admit(

@@ -30,7 +30,7 @@ SetOption = Annotated[
 
 PluginOption = Annotated[
     list[Path] | None,
-    typer.Option("--plugin", help="A Python file with scores, selections or code probes of your own."),
+    typer.Option("--plugin", help="A Python file with words of your own: scores, code probes, a backbone, ..."),
 ]
 
 

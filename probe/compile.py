@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from probe.compile_call import Call, bind
 from probe.compile_encoder import check_looking, check_parts, check_site
 from probe.compile_fit import check_choice, check_layers, check_scores
+from probe.compile_inputs import check_inputs, check_recorded
 from probe.errors import ProbeError
 from probe.recipe import Part, ProbeSpec, Recipe
 from probe.recipe_at import Layers, Steps
@@ -224,6 +225,10 @@ class _Compiler:
                 where = " or ".join(f"`{s}`" for s in sites)
                 raise self.fail(f"`{part.name}` is recorded at {where}, not at `{self.site}`", "record", j)
             (call,) = self.call(entry, part, 1, "record", j, varies=False)
+            try:
+                check_recorded(entry, self.site)
+            except Wrong as error:
+                raise self.fail(str(error), "record", j) from None
             if self.site is Site.ENCODER_LAYER_ATTENTION:
                 try:
                     check_looking(0, self.facts, call.variants[0], attends=True)
@@ -260,6 +265,7 @@ class _Compiler:
             scores = list(self.call(score, spec.score, n, "score"))
         for layer, given, select, do in zip(layers, scores, selects, dos, strict=True):
             try:
+                check_inputs((given, "score"), (select, "select"), (do, "do"))
                 check_scores(given, select, do)
                 check_choice(select, do)
                 if self.site.in_encoder:

@@ -84,6 +84,8 @@ def bind(
     for name in params:
         if name not in known and not (own_score and name == "score"):
             hint = nearest(name, known) if known else f"`{entry.name}` has no parameters"
+            if name in entry.needs:
+                hint = "it is one of the function's inputs; what a recipe sets stands behind a `*`"
             raise Wrong(f"unknown parameter `{name}` of the {entry.kind} `{entry.name}`; {hint}", name)
     if (either := entry.meta.get("one_of", ())) and sum(params.get(name) is not None for name in either) != 1:
         raise Wrong(f"needs one of {' and '.join(f'`{name}`' for name in either)}")

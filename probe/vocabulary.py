@@ -1,8 +1,8 @@
-"""Importing this module registers the built-in signals, scores, selections, operations and decoding policies."""
+"""Importing this module registers the built-in parts: of probes, of decoding, of calibration."""
 
 from __future__ import annotations
 
-from probe import operations, scores, selections, signals
+from probe import calibrate, operations, scores, selections, signals
 from probe.decoding import (
     autoregressive,
     caching,
@@ -33,6 +33,7 @@ from probe.signals import encoder
 __all__ = [
     "autoregressive",
     "caching",
+    "calibrate",
     "confidence",
     "daedal",
     "dimple",

@@ -29,7 +29,7 @@ SMALL = 64 << 20
 
 
 def keys(patient: Patient) -> str:
-    """Weights are read by their published names; a missing, extra or misshapen one is refused by name."""
+    """Weights are read by published names; a missing, extra or misshapen one is refused."""
     model, checkpoint = patient.backbone, patient.checkpoint
     held = [*model.named_parameters(), *model.named_buffers()]
     empty = [name for name, value in held if value.is_meta]
@@ -87,11 +87,11 @@ def _changed(checkpoint: Checkpoint, name: str, change: Any) -> Iterator[Checkpo
 
 
 def facts(patient: Patient) -> str:
-    """Sizes, special ids and defaults are what the modules and registries say; nothing trains."""
+    """Sizes, special ids and defaults are those of the modules and registries."""
     model, said = patient.backbone, patient.backbone.facts
     found = {
         "layers": len(model.layers),
-        "encoder_layers": len(model.encoder_layers) if patient.sees_pictures else said.encoder_layers,
+        "encoder_layers": len(model.encoder_layers),
         "width": patient.mask_embed.shape[-1],
     }
     logits = model.head(patient.whole(patient.one)[:, -1:])
@@ -118,7 +118,7 @@ def facts(patient: Patient) -> str:
 
 
 def roles(patient: Patient) -> str:
-    """Every position has a role; visual tokens are in order, say what they see, and are counted without weights."""
+    """Every position has a role; visual tokens stand in order and are counted rightly."""
     model = patient.backbone
     counts = []
     for prompt in patient.prompts:
@@ -136,7 +136,7 @@ def roles(patient: Patient) -> str:
     expect(bool((alone.role == int(Role.SYSTEM)).any()), "a question without pictures has no system rows")
     expect(isinstance(model.decode(model.tokenize("red")), str), "decode gives no text")
     if not patient.sees_pictures:
-        return "text alone: there is no image encoder"
+        return "text alone: it takes no pictures"
     expect(min(counts) > 0, "a picture has no visual tokens")
     if patient.checkpoint is not None:
         sizes = [patient.picture(size).size for size in PICTURES]
@@ -173,12 +173,12 @@ def _roles_of(prompt: Prompt) -> None:
 
 
 def encoder(patient: Patient) -> str:
-    """Encoder and projector run once for all views, as `views` says; their FLOPs are those of torch's counter."""
+    """Encoder and projector run once for all views; FLOPs are those of torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model, images = patient.backbone, [patient.picture(PICTURES[0])]
     if not patient.sees_pictures:
-        raise NotHere("there is no image encoder")
+        raise NotHere("it takes no pictures")
     ran: list[int] = []
     with patient.eager(), ExitStack() as stack:
         modules = [*(layer.layer for layer in model.encoder_layers), *([model.projector] if model.projector else [])]

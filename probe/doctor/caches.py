@@ -15,7 +15,7 @@ from probe.canvas import make_canvas
 from probe.compile import ProbeTable
 from probe.decoding.draw import draws
 from probe.doctor.patient import SLOTS, NotHere, Patient, expect
-from probe.doctor.runs import NOTHING, alike, own_cache, recipe_of, rule_of, run
+from probe.doctor.runs import NOTHING, alike, answers, own_cache, recipe_of, rule_of
 from probe.loop import Finished, Pass, Step, denoise
 from probe.site import Clock, Phase
 from probe.tracer import Tracer
@@ -42,7 +42,7 @@ def shift(patient: Patient) -> str:
 
 
 def cache(patient: Patient) -> str:
-    """A cache computes what it says: the prefix mask, the first pass, or every row of every pass."""
+    """A cache is what it says: the prefix mask, the first pass, or every row again."""
     own = own_cache(patient)
     said = []
     for name in dict.fromkeys(("none", own, *MASKED_CACHES.get(own, ()))):
@@ -109,7 +109,9 @@ def _every_pass(patient: Patient, prompts: Sequence[Prompt], name: str) -> str:
     if not rule.caching.exact:
         return _first_pass(patient, prompts, name)
     gap = 0.0
-    for i, (a, b) in enumerate(zip(run(patient, prompts, cache=name), run(patient, prompts), strict=True)):
+    count = len(prompts)
+    cached, plain = answers(patient, count, cache=name), answers(patient, count)
+    for i, (a, b) in enumerate(zip(cached, plain, strict=True)):
         gap = max(gap, alike(patient, a, b, f"cache `{name}`, sample {i}"))
         spared = a.arrays["rows_computed"].sum() < b.arrays["rows_computed"].sum()
         expect(bool(spared), f"cache `{name}` computes as many rows as none")

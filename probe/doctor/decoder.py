@@ -22,7 +22,7 @@ PASSED = ("position_embeddings", "attention_mask", "position_ids")
 
 
 def sites(patient: Patient) -> str:
-    """Every layer's modules run once per forward, in order, and their values add up to the layer's."""
+    """Every layer's modules run once, in order, and their values add up to the layer's."""
     model, told = patient.backbone, patient.one
     ran: list[tuple[int, str]] = []
     values: dict[tuple[int, str], Any] = {}
@@ -59,7 +59,7 @@ def sites(patient: Patient) -> str:
 
 
 def mask(patient: Patient) -> str:
-    """A row depends on exactly those rows that `sees` lets it see; padding is seen by none."""
+    """A row depends on exactly the rows that `sees` lets it see; padding is unseen."""
     model, told = patient.backbone, patient.one
     masks = model.sees(told.rows, told.rows)
     states, n = patient.whole(told), told.length
@@ -112,7 +112,7 @@ def _padding(patient: Patient) -> None:
 
 
 def rotary(patient: Patient) -> str:
-    """Layers get `rotary()` at the positions given, gaps and axes honoured; a shift of all positions is nothing."""
+    """Layers get `rotary()`, gaps and axes honoured; moving all positions is nothing."""
     model, told = patient.backbone, patient.one
     tables: list[tuple[Tensor, Tensor]] = []
 
@@ -126,6 +126,9 @@ def rotary(patient: Patient) -> str:
                 stack.callback(layer.layer.register_forward_pre_hook(note, with_kwargs=True).remove)
             states = patient.states(told.embeds, rows, model.sees(rows, rows))
         wanted = model.rotary(told.embeds, rows.position)
+        for i, layer in enumerate(model.layers):
+            held, size = wanted[0][..., layer.tables].shape[-1], model.costs.at(i).head_size
+            expect(held == size, f"layer {i} takes {held} columns of the rotary tables; its heads have {size}")
         for i, pair in enumerate(tables):
             for name, got, want in zip(("cos", "sin"), pair, wanted, strict=True):
                 what = f"layer {i}: `{name}` as given, and `rotary()`"
@@ -152,7 +155,7 @@ def rotary(patient: Patient) -> str:
 
 
 def prefix(patient: Patient) -> str:
-    """Stored keys of a prefix are a prefix mask: rows behind it come out as in one pass over everything."""
+    """Rows behind stored keys of a prefix come out as in one pass over everything."""
     model, told = patient.backbone, patient.one
     n, p = told.length, told.canvas.prompt_length[0]
     before, behind = part(told.rows, slice(0, p)), part(told.rows, slice(p, n))
@@ -176,7 +179,7 @@ def _keep(into: list[Tensor], weights: Tensor, first: int) -> None:
 
 
 def rows(patient: Patient) -> str:
-    """Attention rows beside the kernel are those of eager attention, and so are the states."""
+    """Attention rows beside the kernel, and states, are those of eager attention."""
     model, told = patient.backbone, patient.one
     looking = torch.tensor([0, told.canvas.prompt_length[0] - 1, told.length - 1], device=patient.device)
     beside: list[list[Tensor]] = [[] for _ in model.layers]

@@ -5,11 +5,8 @@ The first line of each docstring is the text that is printed for it.
 
 from __future__ import annotations
 
-import statistics
-
 import numpy as np
 
-from probe.compile import compile_recipe
 from probe.doctor.patient import NotHere, Patient, expect
 from probe.doctor.runs import (
     EDITS,
@@ -17,15 +14,13 @@ from probe.doctor.runs import (
     RECORD,
     WITHDRAW,
     alike,
+    answers,
+    generated,
     own_and_none,
-    recipe_of,
-    rule_of,
-    run,
     same,
     seen_ways,
     ways,
 )
-from probe.generate import generate
 from probe.site import Fate
 
 
@@ -33,70 +28,63 @@ def batch(patient: Patient) -> str:
     """A batch is its samples one by one: answers, confidence, recorded attention."""
     if not patient.backbone.batches:
         raise NotHere("the backbone takes one sample at a time")
-    gap, names = 0.0, ("confidence", "attention_mass", "entropy")
-    for name in own_and_none(patient):
-        for probes in (RECORD, EDITS["layer"] + RECORD):
-            together = run(patient, patient.prompts, probes, name)
-            for i, (prompt, got) in enumerate(zip(patient.prompts, together, strict=True)):
-                recipe = recipe_of(patient, probes, name)
-                table, rule = compile_recipe(recipe, patient.backbone.facts), rule_of(patient, recipe)
-                (alone,) = generate(patient.backbone, [prompt], rule, table, samples=[i])
-                gap = max(gap, alike(patient, got, alone, f"cache {name}, sample {i} in a batch and alone", names))
-    return f"{len(patient.prompts)} samples, with and without an intervention, differ by {gap:.0e}"
+    gap, names, count = 0.0, ("confidence", "attention_mass", "entropy"), len(patient.prompts)
+    for cache in own_and_none(patient):
+        for probes in (NOTHING + RECORD, EDITS["layer"] + RECORD):
+            for i, got in enumerate(answers(patient, count, probes, cache)):
+                (alone,) = generated(patient, [i], probes, cache)
+                gap = max(gap, alike(patient, got, alone, f"cache {cache}, sample {i} in a batch and alone", names))
+    return f"{count} samples, with and without an intervention, differ by {gap:.0e}"
 
 
 def keep(patient: Patient) -> str:
     """Keeping every visual token is no probe, bit for bit."""
-    for name, prompts, where in ways(patient):
-        plain = run(patient, prompts, NOTHING, name)
+    for run, where in ways(patient):
         for edit, text in EDITS.items():
-            kept = run(patient, prompts, text.replace("keep: 0.5", "keep: 1.0"), name)
-            for a, b in zip(kept, plain, strict=True):
+            for a, b in zip(run(text.replace("keep: 0.5", "keep: 1.0")), run(NOTHING), strict=True):
                 same(a, b, f"{where}, intervention at {edit}")
     return seen_ways(patient)
 
 
 def record(patient: Patient) -> str:
     """Recording changes nothing, bit for bit."""
-    for name, prompts, where in ways(patient):
+    for run, where in ways(patient):
         for probes in (NOTHING, EDITS["layer"]):
-            bare, watched = run(patient, prompts, probes, name), run(patient, prompts, probes + RECORD, name)
-            for a, b in zip(watched, bare, strict=True):
+            for a, b in zip(run(probes + RECORD), run(probes), strict=True):
                 same(a, b, where)
     return seen_ways(patient)
 
 
 def drop(patient: Patient) -> str:
-    """Masking visual tokens gives the answers of dropping them with positions kept; both change something."""
+    """Masking visual tokens is dropping them with positions kept; both change something."""
     gap = 0.0
-    for name, prompts, where in ways(patient):
-        plain = run(patient, prompts, NOTHING, name)
+    for run, where in ways(patient):
         for edit, text in EDITS.items():
-            dropped, masked = (run(patient, prompts, t, name) for t in (text, text.replace("drop", "mask")))
-            for a, b, c in zip(dropped, masked, plain, strict=True):
-                gap = max(gap, alike(patient, a, b, f"{where}, intervention at {edit}"))
+            at = f"{where}, intervention at {edit}"
+            for a, b, plain in zip(run(text), run(text.replace("drop", "mask")), run(NOTHING), strict=True):
+                gap = max(gap, alike(patient, a, b, at))
                 alive = [x.arrays["visual_kept"] == int(Fate.KEPT) for x in (a, b)]
-                expect(bool((alive[0] == alive[1]).all()), f"{where}, {edit}: other tokens are masked than dropped")
-                expect(not alive[0].all(), f"{where}, {edit}: nothing was dropped")
-                moved = not np.array_equal(a.arrays["confidence"], c.arrays["confidence"], equal_nan=True)
-                expect(moved, f"{where}, {edit}: dropping half of the visual tokens changes nothing")
+                expect(bool((alive[0] == alive[1]).all()), f"{at}: other tokens are masked than dropped")
+                expect(not alive[0].all(), f"{at}: nothing was dropped")
+                moved = not np.array_equal(a.arrays["confidence"], plain.arrays["confidence"], equal_nan=True)
+                expect(moved, f"{at}: dropping half of the visual tokens changes nothing")
     return f"{seen_ways(patient)}; differ by {gap:.0e}"
 
 
 def withdraw(patient: Patient) -> str:
     """Withdrawing visual tokens after the last layer is nothing."""
     gap = 0.0
-    for name, prompts, where in ways(patient):
-        for a, b in zip(run(patient, prompts, WITHDRAW, name), run(patient, prompts, NOTHING, name), strict=True):
+    for run, where in ways(patient):
+        for a, b in zip(run(WITHDRAW), run(NOTHING), strict=True):
             gap = max(gap, alike(patient, a, b, where))
     return f"{seen_ways(patient)}; differ by {gap:.0e}"
 
 
 def ledger(patient: Patient) -> str:
-    """Every visual token has one fate at every (step, layer), and attention mass over segments sums to 1."""
-    for name, prompts, where in ways(patient):
-        for text in ("", *EDITS.values()):
-            for out in run(patient, prompts, text + RECORD, name):
+    """Every visual token has one fate in each (step, layer); attention mass sums to 1."""
+    for run, where in ways(patient):
+        for text in (NOTHING, *EDITS.values()):
+            for out in run(text + RECORD):
                 fates = out.arrays["visual_kept"]
                 known = set(np.unique(fates)) <= {int(f) for f in Fate}
                 expect(known, f"{where}: there are fates {np.unique(fates).tolist()}")
@@ -116,26 +104,24 @@ def flops(patient: Patient) -> str:
 
     said = []
     with patient.eager():
-        for name in own_and_none(patient):
+        for cache in own_and_none(patient):
             for edit, text in {"none": NOTHING, "layer": EDITS["layer"]}.items():
                 with FlopCounterMode(display=False) as counter:
-                    (out,) = run(patient, patient.prompts[:1], text, name)
+                    (out,) = generated(patient, [0], text, cache)
                 told, counted = int(out.arrays["flops"].sum()), counter.get_total_flops()
-                expect(told == counted, f"cache {name}, intervention {edit}: {told} told, torch counts {counted}")
-            said.append(f"cache {name}, pruned: {counted / 1e6:.2f} MFLOPs")
+                expect(told == counted, f"cache {cache}, intervention {edit}: {told} told, torch counts {counted}")
+            said.append(f"cache {cache}, pruned: {counted / 1e6:.2f} MFLOPs")
     return "; ".join(said)
 
 
 def cost(patient: Patient) -> str:
     """What a step costs."""
     said = []
-    for name in own_and_none(patient):
-        run(patient, patient.prompts[:1], NOTHING, name)  # what libraries do once
-        (out,) = run(patient, patient.prompts[:1], NOTHING, name)
-        times = out.arrays["seconds"].sum(-1)[1:]
-        rows = int(out.arrays["rows_computed"][-1])
-        flops = out.arrays["flops"][-1].sum()
-        said.append(f"cache {name}: {1e3 * statistics.median(times):.1f} ms ({rows} rows, {flops / 1e6:.1f} MFLOPs)")
+    for cache in own_and_none(patient):
+        runs = [generated(patient, [0], NOTHING, cache)[0] for _ in range(3)][1:]  # the first does what is done once
+        times = np.concatenate([out.arrays["seconds"].sum(-1)[1:] for out in runs])
+        rows, flops = int(runs[0].arrays["rows_computed"][-1]), runs[0].arrays["flops"][-1].sum()
+        said.append(f"cache {cache}: {1e3 * np.median(times):.1f} ms ({rows} rows, {flops / 1e6:.1f} MFLOPs)")
     return "; ".join(said)
 
 

@@ -21,9 +21,10 @@ from probe.backbones.base import Backbone, Prompt
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.rows import Rows
 from probe.canvas import Canvas, make_canvas
+from probe.errors import ProbeError
 from probe.site import Role
 
-SLOTS = 8
+SLOTS = 6
 """Answer slots of the samples."""
 PICTURES = ((96, 64), (64, 96), (64, 64), (128, 64))
 QUESTIONS = ("What is it?", "Which colour has the largest thing?", "Read it.", "How many are there in all of it?")
@@ -69,11 +70,17 @@ class Patient:
 
     def __init__(self, backbone: Backbone, checkpoint: Checkpoint | None = None, **options: Any) -> None:
         self.backbone, self.checkpoint, self.options = backbone, checkpoint, options
+        self.answers: dict[tuple[int, str, str], Any] = {}
+        """What was generated so far (`runs.answers`)."""
 
-    @property
+    @cached_property
     def sees_pictures(self) -> bool:
-        """Whether there is an image encoder."""
-        return len(self.backbone.encoder_layers) > 0
+        """Whether it takes pictures."""
+        try:
+            self.backbone.encode_images([self.picture(PICTURES[0])])
+        except ProbeError:
+            return False
+        return True
 
     @property
     def speaks(self) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
-from probe.backbones.base import Prompt
 from probe.compile import compile_recipe
 from probe.decoding.rule import Rule
 from probe.doctor.patient import SLOTS, NotHere, Patient, expect
@@ -14,7 +14,7 @@ from probe.generate import Generated, generate
 from probe.generation import rule_for
 from probe.recipe import Recipe, parse_recipe
 
-STEPS = 4
+STEPS = 3
 NOTHING = "- {name: sure, at: {site: logits}, record: [confidence]}\n"
 RECORD = """
 - {name: attention, at: {site: layer.attention, layers: all}, record: [attention_mass, visual_importance]}
@@ -55,11 +55,20 @@ def rule_of(patient: Patient, recipe: Recipe) -> Rule:
     return rule_for(patient.backbone, recipe, {}, pictures=True)
 
 
-def run(patient: Patient, prompts: Sequence[Prompt], probes: str = NOTHING, cache: str = "none") -> list[Generated]:
-    """Generate answers under some probes."""
+def answers(patient: Patient, count: int, probes: str = NOTHING, cache: str = "none") -> list[Generated]:
+    """The first `count` samples under some probes, generated once for all checks that ask."""
+    key = count, probes, cache
+    if key not in patient.answers:
+        patient.answers[key] = generated(patient, range(count), probes, cache)
+    return patient.answers[key]
+
+
+def generated(patient: Patient, numbers: Sequence[int], probes: str, cache: str) -> list[Generated]:
+    """Samples of these numbers under some probes, generated now."""
     recipe = recipe_of(patient, probes, cache)
     table = compile_recipe(recipe, patient.backbone.facts)
-    return generate(patient.backbone, prompts, rule_of(patient, recipe), table)
+    prompts = [patient.prompts[i] for i in numbers]
+    return generate(patient.backbone, prompts, rule_of(patient, recipe), table, samples=list(numbers))
 
 
 def own_cache(patient: Patient) -> str:
@@ -77,11 +86,11 @@ def batches(patient: Patient) -> tuple[int, ...]:
     return (1, len(patient.prompts)) if patient.backbone.batches else (1,)
 
 
-def ways(patient: Patient) -> Iterator[tuple[str, list[Prompt], str]]:
-    """Every cache with every batch: its name, the prompts, and what that is called."""
+def ways(patient: Patient) -> Iterator[tuple[Callable[[str], list[Generated]], str]]:
+    """Every cache with every batch: a function from probes to answers, and what that is called."""
     for cache in own_and_none(patient):
         for count in batches(patient):
-            yield cache, patient.prompts[:count], f"cache {cache}, batch {count}"
+            yield partial(answers, patient, count, cache=cache), f"cache {cache}, batch {count}"
 
 
 def seen_ways(patient: Patient) -> str:

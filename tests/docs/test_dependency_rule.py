@@ -136,7 +136,7 @@ def test_only_its_state_changes_the_length_of_a_view() -> None:
 def test_only_the_engine_knows_both_the_loop_and_the_model() -> None:
     both = {n for n in MODULES if "loop" in ours(n) and any(m.split(".")[0] == "backbones" for m in ours(n))}
     both = {n for n in both if n.split(".")[0] != "doctor"}  # which examines the one through the other
-    assert both <= {"tracer", "pass_state", "pass_source", "looking", "generate", "runner"}
+    assert both <= {"tracer", "pass_state", "pass_source", "looking", "generate", "runner", "calibrate_run"}
 
 
 def test_recipes_and_traces_know_nothing_of_the_engine() -> None:
