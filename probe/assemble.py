@@ -141,14 +141,14 @@ ALWAYS: tuple[Variable, ...] = (
         "number of interventions with no step among those that ran", dtype="int32",
     ),
     Variable(
-        "visual_original", (), "1",
-        "visual tokens that the sample would have without pruning: what retention is a share of",
-        "tokens of the visual span of the unpruned sequence", dtype="int32",
-    ),
-    Variable(
         "prompt_length", (), "1",
         "positions before the answer",
         "positions of system, visual span and question", dtype="int32",
+    ),
+    Variable(
+        "visual_original", (), "1",
+        "visual tokens that the sample would have without pruning: what retention is a share of",
+        "tokens of the visual span of the unpruned sequence", dtype="int32",
     ),
 )  # fmt: skip
 """The variables of every trace: what the loop knows anyway."""
@@ -191,7 +191,8 @@ def recorded_variables(table: ProbeTable) -> list[Variable]:
                 axes = ("step", "layer") if site.has_layers else ("step",)
             out.setdefault(record.name, _variable(record.name, call.entry, constant(call), axes, probe.name))
     out.setdefault("confidence", _variable("confidence", signals["confidence"], {}, ("step",), ""))
-    return [*out.values(), *(ENCODER if table.encoder else ())]
+    looks = any(p.site is not Site.IMAGES for p in table.encoder)
+    return [*out.values(), *(ENCODER if looks else ())]
 
 
 def _variable(name: str, entry: Entry, params: Mapping[str, Any], axes: tuple[str, ...], probe: str) -> Variable:

@@ -143,11 +143,13 @@ class _Foreseeing:
     def patches_left(self) -> float:
         """The share of a view's patches that the encoder hands on."""
         patches = self.facts.patches
+        for probe in (p for p in self.table.encoder if p.site is Site.IMAGES):
+            self.unsure[probe.name] = "how many tokens a smaller picture has is the model's own rule, so it is left out"
         if not self.table.encoder or not patches:
             return 1.0
         now = _After(patches, patches, patches)
         for probe in sorted(self.table.encoder, key=lambda p: math.inf if p.layer is None else p.layer):
-            if probe.edit is None:
+            if probe.edit is None or probe.site is Site.IMAGES:
                 continue
             if probe.views != "all":
                 self.unsure[probe.name] = "how many views it sees depends on the picture, so it is left out"

@@ -98,7 +98,7 @@ def generate(
     spent = watch.drain()
     encode = sum(s for (step, _), s in spent.items() if step < 0)
 
-    edits = {p.name for p in table.edits}
+    edits = {p.name for p in table.edits if not p.site.in_encoder}
     out = []
     for b, prompt in enumerate(prompts):
         passes = gatherer.passes(b)

@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 from probe import vocabulary as _registered  # noqa: F401  (the built-in policies must be known)
 from probe.backbones.base import Backbone, GenerationDefaults
 from probe.compile_call import bind
+from probe.decoding.caching import NoCache
 from probe.decoding.fit import misfit
 from probe.decoding.policy import Caching, Length, Unmasking
 from probe.decoding.rule import Rule
@@ -78,10 +79,10 @@ def check_reach(backbone: Backbone, recipe: Recipe, caching: Caching) -> None:
     for i, probe in enumerate(recipe.probes):
         if probe.record is not None:
             continue
-        if probe.at.steps.exactly == ("prefill",) and not caching.stores:
+        if probe.at.steps.exactly == ("prefill",) and isinstance(caching, NoCache):
             words = "`prefill` is when the prompt is computed for a cache, and there is none: set `generate.cache`"
             raise recipe.fault(("probes", i, "at", "steps"), words)
-        if probe.at.site is Site.PREFIX_CACHE and not caching.stores:
+        if probe.at.site is Site.PREFIX_CACHE and isinstance(caching, NoCache):
             words = "`prefix_cache` is where keys are stored, and there is no cache: set `generate.cache`"
             raise recipe.fault(("probes", i, "at", "site"), words)
         if not backbone.causal:

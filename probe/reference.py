@@ -98,10 +98,11 @@ def _told(entry: Entry) -> Iterator[tuple[bool, str]]:
 
 def _signature(entry: Entry) -> str:
     """`name(given, *, parameter: type = default)`, types and defaults as the source has them."""
+    fields = entry.params.model_fields
     found, hints = inspect.signature(entry.function), get_type_hints(entry.function)
     given = [p.name for p in found.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     free = [
-        f"{p.name}: {_type(p.annotation, hints.get(p.name))}"
+        f"{fields[p.name].alias or p.name if p.name in fields else p.name}: {_type(p.annotation, hints.get(p.name))}"
         + ("" if p.default is inspect.Parameter.empty else f" = {_default(p.default)}")
         for p in found.parameters.values()
         if p.kind is inspect.Parameter.KEYWORD_ONLY
@@ -123,6 +124,8 @@ def _type(annotation: object, hint: object) -> str:
     """The type as the source spells it; the choices where there are some."""
     if get_origin(hint) is Literal:
         return " | ".join(map(repr, get_args(hint)))
+    if isinstance(annotation, str) and (bare := re.fullmatch(r"Annotated\[(.+?), \w+\(.*\)\]", annotation)):
+        return bare[1]
     return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
 
 
