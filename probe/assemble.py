@@ -141,6 +141,11 @@ ALWAYS: tuple[Variable, ...] = (
         "number of interventions with no step among those that ran", dtype="int32",
     ),
     Variable(
+        "visual_original", (), "1",
+        "visual tokens that the sample would have without pruning: what retention is a share of",
+        "tokens of the visual span of the unpruned sequence", dtype="int32",
+    ),
+    Variable(
         "prompt_length", (), "1",
         "positions before the answer",
         "positions of system, visual span and question", dtype="int32",
@@ -150,11 +155,6 @@ ALWAYS: tuple[Variable, ...] = (
 
 
 ENCODER: tuple[Variable, ...] = (
-    Variable(
-        "visual_original", (), "1",
-        "visual tokens that the sample would have without pruning: what retention is a share of",
-        "tokens of the visual span of the unpruned sequence", dtype="int32",
-    ),
     Variable(
         "encoder_tokens", ("encoder_layer", "view"), "1",
         "tokens of each view in the encoder layer's attention",
