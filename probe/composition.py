@@ -50,7 +50,8 @@ def _never_again(probe: BoundProbe, caching: Caching, steps: int) -> str | None:
         clock = _clock(step, steps, Phase.DENOISE)
         if probe.fires(clock) and (reason := reads_prompt(probe.edit, probe.site, clock)):
             name = name_of(caching)
-            return f"{reason} from step {step} on, but the cache `{name}` computes the prompt once, before the first step"
+            when = f"{reason} from step {step} on"
+            return f"{when}, but the cache `{name}` computes the prompt once, before the first step"
     return None
 
 

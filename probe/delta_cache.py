@@ -1,8 +1,8 @@
 """Layers that keep what they add to every row, and in a pass compute it anew only for some (dLLM-Cache).
 
 After Liu et al. (arXiv 2506.06295). A layer stores, for every row, its key (after rotary) and value, and what attention
-and MLP added to the residual stream. The residual stream itself is always the whole sequence's and fresh. Which rows are
-computed anew is the pass's plan (`decoding.policy.Delta`); of the answer it may be those whose new value is least
+and MLP added to the residual stream. The residual stream itself is always the whole sequence's and fresh. Which rows
+are computed anew is the pass's plan (`decoding.policy.Delta`); of the answer it may be those whose new value is least
 like the stored one, and each layer then chooses for itself.
 
 Rows that an intervention removed are cut from all four. A layer that meets rows which it has not stored, or has at
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Held:
-    """One layer: `key`, `value (streams * batch, key head, row, size)`, what was added `(streams * batch, row, width)`."""
+    """One layer: `key`, `value (streams * batch, key head, row, size)`; `attention`, `mlp (streams * batch, row, width)`
+    are what was added.
+    """
 
     layout: Layout
     key: Tensor
@@ -200,7 +202,8 @@ def _chosen_rows(
     elif int(tail * delta.ratio):
         assert modules.pre_attention_norm is not None
         own = answer[:, :, None].expand(-1, -1, hidden.shape[-1])
-        new = modules.attention.v_proj(modules.pre_attention_norm(hidden.gather(1, own)))
+        attention: Any = modules.attention
+        new = attention.v_proj(modules.pre_attention_norm(hidden.gather(1, own)))
         at = answer[:, None, :, None].expand(-1, held.value.shape[1], -1, held.value.shape[3])
         old = held.value.gather(2, at).transpose(1, 2).flatten(2)
         parts.append(start + least_similar(old, new, delta.ratio))

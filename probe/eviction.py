@@ -19,8 +19,8 @@ def kept_places(
 ) -> tuple[list[Tensor], int]:
     """Where the columns stand that each sample keeps, `(n,)` ascending, and how many columns were judged in all.
 
-    `query (batch, head, row, size)` and `key (batch, key head, row, size)` of the rows of `layout`, a pass that computes
-    all of them; `block[b]` the rows of the block, which stay. `choose` gets one sample's queries of the block and keys
+    `query (batch, head, row, size)` and `key (batch, key head, row, size)` of the rows of `layout`, a pass that
+    computes all of them; `block[b]` the rows of the block, which stay. `choose` gets one sample's queries of the block and keys
     of the other columns (hidden ones are none), and says which of these stay.
     """
     places, judged = [], 0

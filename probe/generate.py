@@ -55,7 +55,8 @@ def generate(
 
     `samples` are the global numbers of the batch's samples: a sample's noise depends on `seed` and its number, not
     on who shares its batch. `watch` may already hold the time of encoding. `reference` are the unpruned run's logits,
-    `uncached` those of the run without a cache, for signals that compare with them; `collected` is a dict to fill with this run's.
+    `uncached` those of the run without a cache, for signals that compare with them; `collected` is a dict to fill with this
+    run's.
     """
     numbers = list(samples) if samples is not None else list(range(len(prompts)))
     device = prompts[0].embeds.device

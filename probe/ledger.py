@@ -114,7 +114,8 @@ def _after(state: _State, before: Layout, plans: Sequence[Plan | None], *, stays
         if plan is None:
             continue
         ids = before.visual[b, before.visual_rows[b]]
-        lost = torch.ones(width + 1, dtype=torch.bool, device=ids.device).index_fill_(0, ids.where(ids >= 0, width), False)
+        lost = torch.ones(width + 1, dtype=torch.bool, device=ids.device)
+        lost.index_fill_(0, ids.where(ids >= 0, width), False)
         out_of_sight = Fate.DROPPED if plan.fate is Fate.MERGED else plan.fate
         now[b] = torch.where(lost & (now[b] == int(Fate.KEPT)), int(out_of_sight), now[b])
         fate = torch.full_like(ids, int(plan.fate), dtype=now.dtype)

@@ -347,7 +347,7 @@ class PassState:
         return keys, indices
 
     def _chosen_from(self, layer: int, first_layer: int) -> Layout:
-        """The tokens that an edit after `layer` decides about: in a cached pass those that the next layer has stored."""
+        """The tokens that an edit behind `layer` decides about: in a cached pass those that the next one has stored."""
         if not self.cached:
             return self.layout
         if layer < first_layer < self.kit.dims.layers:
@@ -521,8 +521,8 @@ class PassState:
             return
         if self.request.work.delta is not None:
             raise ProbeError(
-                "new tokens that an intervention appends inside a layer have no row in later passes, which `dllm_cache` "
-                "needs; use another cache, or recycle none"
+                "new tokens that an intervention appends inside a layer have no row in later passes, which "
+                "`dllm_cache` needs; use another cache, or recycle none"
             )
         for b, plan in enumerate(plans):
             new = self.canvas.embeds.new_zeros(most, self.canvas.embeds.shape[-1])

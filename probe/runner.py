@@ -20,8 +20,8 @@ from probe.assemble import StepLogits
 from probe.backbones import load
 from probe.backbones.base import Backbone, Prompt
 from probe.compile import ProbeTable, Record, compile_recipe
-from probe.data.pictures import on_sheet
 from probe.composition import check_composition
+from probe.data.pictures import on_sheet
 from probe.decoding.caching import NoCache
 from probe.encoder import encode_with_probes
 from probe.errors import ProbeError

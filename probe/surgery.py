@@ -254,7 +254,9 @@ def keep_places(layout: Layout, places: Sequence[Tensor]) -> tuple[Layout, Tenso
     width = max(p.shape[0] for p in places)
     index = torch.zeros(layout.batch, width, dtype=torch.int64, device=device)
     real = torch.zeros(layout.batch, width, dtype=torch.bool, device=device)
-    visual_rows, other_rows, tail = [], [], []
+    visual_rows: list[Tensor] = []
+    other_rows: list[Tensor] = []
+    tail: list[int] = []
     for b, place in enumerate(places):
         index[b, : place.shape[0]] = place
         real[b, : place.shape[0]] = True

@@ -84,7 +84,7 @@ def fresh_registries() -> Iterator[None]:
     from probe import registry
     from probe.probe_code import CODE_PROBES
 
-    kinds = (registry.scores, registry.selections, registry.operations, registry.signals)
+    kinds = [kind for kind in vars(registry).values() if isinstance(kind, registry.Registry)]
     before = [dict(kind._entries) for kind in kinds]
     codes = dict(CODE_PROBES)
     try:

@@ -12,7 +12,7 @@ import pytest
 from probe.__main__ import load_cli
 
 DOCS = pages.REPO / "docs"
-OURS = [pages.REPO / "README.md", *(DOCS / f"{n}.md" for n in ("start", "python", "backbones", "architecture"))]
+OURS = [pages.REPO / "README.md", *(DOCS / f"{n}.md" for n in ("start", "python", "backbones", "architecture", "decoding"))]
 ALL = [pages.REPO / "README.md", *sorted(DOCS.glob("*.md"))]
 OTHERS = [page for page in ALL if page not in OURS]  # their recipes and outputs have tests of their own
 README = OURS[0].read_text()

@@ -107,7 +107,8 @@ def test_a_removal_for_good_makes_the_next_pass_a_refresh(
     name: str, tiny: LladaV, prompts_for: Any, run_probes: Any
 ) -> None:
     caching = CACHES.get(name, Crop())
-    text = EDITS["random"].replace("lasts: forward", "lasts: generation, on_cache: WHICH").replace("from: 25%", "at: [4]")
+    text = EDITS["random"].replace("from: 25%", "at: [4]")
+    text = text.replace("lasts: forward", "lasts: generation, on_cache: WHICH")
     prompts = prompts_for(tiny, 1)
     renewed = run_probes(tiny, prompts, text.replace("WHICH", "refresh"), caching=caching, **RULE)[0].arrays
     cut = run_probes(tiny, prompts, text.replace("WHICH", "columns"), caching=caching, **RULE)[0].arrays
