@@ -21,6 +21,7 @@ from probe.calibrate import merges_for
 from probe.compile import compile_recipe
 from probe.errors import ProbeError
 from probe.recipe import Recipe, load_recipe, shipped_recipes
+from probe.registry import operations
 from probe.runner import pick_device, run
 from probe.trace import open_trace
 
@@ -55,6 +56,10 @@ class Measured:
 
 def at_budget(recipe: Recipe, keep: float, facts: Any) -> tuple[Recipe, str]:
     """The recipe told to keep this share, and what must be said of it: where its count is no share of the tokens."""
+    doing = {p.do.name for p in recipe.probes if p.do is not None}
+    if all(operations[name].meta.get("changes") == "attention" for name in doing):
+        told = recipe.with_sets([f"keep={keep}"]) if "keep" in recipe.dial else recipe
+        return told, "no token leaves: attention alone is changed"
     if "keep" in recipe.dial:
         written = recipe.dial["keep"]
         if isinstance(written, dict):
@@ -72,12 +77,11 @@ def at_budget(recipe: Recipe, keep: float, facts: Any) -> tuple[Recipe, str]:
         acting = {p.layer for p in compile_recipe(recipe, facts).encoder if p.layer is not None}
         found = merges_for(facts.patches, len(acting), keep=keep)
         return recipe.with_sets([f"r={found.value}"]), f"no share: r = {found.value} merged per layer comes nearest"
-    names = {p.do.name for p in recipe.probes if p.do is not None}
-    if names <= {"withdraw"}:
+    if doing <= {"withdraw"}:
         return recipe, "no share: withdraws every visual token"
-    if names <= {"skip_layers"}:
+    if doing <= {"skip_layers"}:
         return recipe, "no share: every visual token goes around some layers"
-    return recipe, "no share: removes nothing"
+    return recipe, "no share: the recipe has no dial `keep`"
 
 
 def _flow(value: Any) -> str:

@@ -99,7 +99,7 @@ def budget(
     recipes: Annotated[list[str] | None, typer.Argument(help="Recipes; default: every shipped pruner.")] = None,
     keep: Annotated[float, typer.Option(help="Share of the visual tokens to keep.")] = 0.25,
     backbone: BackboneOption = None,
-    data: Annotated[str | None, typer.Option(help="A task or a JSONL file of your own.")] = None,
+    data: Annotated[str, typer.Option(help="A task or a JSONL file of your own.")] = "world/long",
     samples: Annotated[int, typer.Option(min=1, help="How many samples to run.")] = 2,
     sets: Annotated[
         list[str] | None,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from probe.compile import Edit
 from probe.compile_call import Call
+from probe.decide_check import check_result
 from probe.errors import ProbeError
 from probe.inputs import TEXT_INPUT, TOKEN_AXIS, Source
 from probe.selections.combinations import Groups, group_of
@@ -146,6 +147,7 @@ class _Choosing:
             if name not in given:
                 given[name] = self._input(name, params, call, candidates)
         result = call.entry.function(*(given[n] if n in reads else None for n in call.entry.needs), **params, **nested)
+        check_result(call, params, result, candidates.shape[0])
         self._spend(call, given | params | nested, candidates.shape[0])
         return result
 
@@ -243,8 +245,7 @@ class _Choosing:
         }
         nested = {name: self._scorer(calls[0]) for name, calls in call.nested.items()}
         plan = self._call(call, options, given, self.everyone, nested)
-        assert isinstance(plan, Plan)
-        return plan
+        return cast(Plan, plan)
 
     def _spend(self, call: Call, given: dict[str, Any], n: int) -> None:
         flops = call.entry.meta.get("flops")

@@ -112,8 +112,9 @@ class Entry:
 
 
 def _same_place(old: Callable[..., Any], new: Callable[..., Any]) -> bool:
-    """Whether a function is the same one defined again, as when a notebook cell runs twice."""
-    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__) and old.__module__ == "__main__"
+    """Whether a function is the same one defined again, as when a notebook cell or a plugin's file runs twice."""
+    again = (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+    return again and (old.__module__ == "__main__" or old.__module__.startswith("probe_plugin_"))
 
 
 class Registry:

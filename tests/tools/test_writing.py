@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,49 @@ def test_a_wrong_plugin_says_what_is_wrong(own_registries: None, folder: Path, o
     (folder / "mine.py").write_text(PLUGIN.replace(old, new))
     with pytest.raises(ProbeError, match=words):
         load_plugins([folder / "mine.py"])
+
+
+RESULTS = """\
+import torch
+import probe
+from torch import Tensor
+
+
+@probe.score
+def flat(hidden: Tensor) -> Tensor:
+    return hidden.float().norm(dim=0)[:7]
+
+
+@probe.selection
+def lost(score: Tensor) -> Tensor:
+    return score[:3]
+
+
+@probe.operation
+def nothing(kept: Tensor, *, positions: str = "keep", lasts: str = "forward"):
+    \'\'\'Forgets to return.\'\'\'
+"""
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ("score: flat, select: {top_k: {keep: 3}}, do: drop", "score `flat`.*shape \\(7,\\).*per token, \\(192,\\)"),
+        ("score: random, select: lost, do: drop", "selection `lost`.*float32; it should be the indices"),
+        ("score: random, select: {top_k: {keep: 3}}, do: nothing", "operation `nothing`.*None; it should be a `Plan`"),
+    ],
+)
+def test_a_part_that_returns_the_wrong_thing_is_named(
+    probe_command: Callable[..., str], tmp_path: Path, parts: str, words: str
+) -> None:
+    (tmp_path / "p.py").write_text(RESULTS)
+    (tmp_path / "p.yaml").write_text(f"schema: 1\nname: p\nprobes: [{{at: {{site: before_lm}}, {parts}}}]\n")
+    said = probe_command("check", "p.yaml", "--plugin", "p.py", "--picture", "96x96")
+    assert "cannot be foreseen" in said
+    with pytest.raises(AssertionError):
+        probe_command("run", "p.yaml", "--plugin", "p.py", "--limit", "1", "-o", "out", "--no-baseline")
+    with open_trace(Path("out/p.trace.h5")) as trace:
+        assert re.search(words, str(trace.array("failed")[0]), flags=re.DOTALL)
 
 
 def test_an_installed_module_is_a_plugin_too(
