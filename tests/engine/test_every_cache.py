@@ -112,7 +112,7 @@ def test_a_removal_for_good_makes_the_next_pass_a_refresh(
     prompts = prompts_for(tiny, 1)
     renewed = run_probes(tiny, prompts, text.replace("WHICH", "refresh"), caching=caching, **RULE)[0].arrays
     cut = run_probes(tiny, prompts, text.replace("WHICH", "columns"), caching=caching, **RULE)[0].arrays
-    phases = {p.value: i for i, p in enumerate(Phase)}
+    phases = {p.value: i for i, p in enumerate(Phase, 1)}
     assert renewed["removal_on_cache"].tolist() == [0, 0, 0, 0, 2, 0, 0, 0]
     assert cut["removal_on_cache"].tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
     assert renewed["phase_of_pass"][5] == phases["refresh"]
