@@ -1,7 +1,7 @@
 """What is skipped is saved: time against executed FLOPs, with 1,024 visual tokens and 8 layers of width 512.
 
-`python tests/engine/test_speedup.py` prints the table of docs/decoding.md. Ways of decoding take turns on one thread, and
-the time is the processor's, so that what else the machine does disturbs little.
+`python tests/engine/test_speedup.py` prints the table of docs/decoding.md. Ways of decoding take turns on one thread,
+and the time is the processor's, so that what else the machine does disturbs little.
 """
 
 from __future__ import annotations
