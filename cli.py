@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -77,6 +78,7 @@ def run(
     """Run a recipe and compare it with the unpruned baseline."""
     from probe.plugins import load_plugins
     from probe.runner import run as run_recipe
+    from probe.stopping import Stopped
 
     code = load_plugins(plugin or [])
     loaded = _load(recipe, sets, backbone=backbone, data=data, own_samples=image is not None or data is not None)
@@ -87,23 +89,30 @@ def run(
         from probe.data import from_image
 
         samples = [from_image(image, ask)]
-    with _Display(loaded.name) as display:
-        result = run_recipe(
-            loaded,
-            samples=samples,
-            out=folder,
-            limit=limit,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            resume=resume,
-            shard=_shard(shard),
-            baseline=baseline,
-            timed=timed,
-            code_probes=code,
-            on_progress=display,
-            command="probe " + shlex.join(sys.argv[1:]),
-        )
+    try:
+        with _Display(loaded.name) as display:
+            result = run_recipe(
+                loaded,
+                samples=samples,
+                out=folder,
+                limit=limit,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                resume=resume,
+                shard=_shard(shard),
+                baseline=baseline,
+                timed=timed,
+                code_probes=code,
+                on_progress=display,
+                command="probe " + shlex.join(sys.argv[1:]),
+            )
+    except Stopped as stopped:
+        err.print(f"{stopped}\nto go on: {_again(sys.argv[1:], stopped.folder)}", highlight=False, markup=False)
+        raise typer.Exit(stopped.status) from None
+    except KeyboardInterrupt:
+        err.print("stopped at once; samples that were finished are kept: the same command with --resume goes on")
+        raise typer.Exit(130) from None
     _report(result)
     raise typer.Exit(1 if result.failed else 0)
 
@@ -219,7 +228,7 @@ def plot(
     if not traces:
         raise ProbeError("name a trace to draw: `probe plot FILE --figure NAME`; `probe plot --list` names the figures")
     path = output or traces[-1].with_suffix("").with_suffix(f".{figure or 'figure'}.png")
-    out.print(f"figure: {draw(traces, figure, path, sample=sample, layer=layer, step=step)}")
+    out.print(f"figure: {draw(traces, figure, path, sample=sample, layer=layer, step=step)}", highlight=False, markup=False)
 
 
 @app.command()
@@ -254,7 +263,7 @@ def replay(
     with open_trace(trace) as opened:
         row = row_of(opened, sample)
         if gif is not None:
-            out.print(f"animation: {save_gif(opened, row, gif)}")
+            out.print(f"animation: {save_gif(opened, row, gif)}", highlight=False, markup=False)
         else:
             play(opened, row, out)
 
@@ -268,7 +277,7 @@ def report(
     """Write one self-contained page to look around in: pictures, tokens, attention, answers, tables."""
     from probe.views.report import write_report
 
-    out.print(f"page: {write_report(traces, output, samples=samples)}")
+    out.print(f"page: {write_report(traces, output, samples=samples)}", highlight=False, markup=False)
 
 
 @app.command()
@@ -279,7 +288,7 @@ def merge(
     """Join the traces of a run's shards, in the order of their samples."""
     from probe.trace import merge as join
 
-    out.print(f"trace: {join(traces, output)}")
+    out.print(f"trace: {join(traces, output)}", highlight=False, markup=False)
 
 
 @app.command()
@@ -292,7 +301,14 @@ def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None
         err.print(problem, highlight=False, markup=False)
     if problems:
         raise typer.Exit(1)
-    out.print(f"{trace}: intact")
+    out.print(f"{trace}: intact", highlight=False, markup=False)
+
+
+def _again(words: list[str], folder: Path) -> str:
+    """The command that goes on with a run that was stopped."""
+    named = any(w in ("-o", "--out") or w.startswith("--out=") for w in words)
+    more = [*([] if named else ["--out", str(folder)]), *([] if "--resume" in words else ["--resume"])]
+    return "probe " + shlex.join([*words, *more])
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -369,16 +385,29 @@ class _Display:
             transient=True,
             disable=not err.is_terminal,
         )
+        from probe.finite import NotFinite
+
+        self._ours = NotFinite
         self._name = name
         self._task: TaskID | None = None
 
     def __enter__(self) -> _Display:
+        self._showwarning, warnings.showwarning = warnings.showwarning, self._warn
         self._bar.start()
         self._task = self._bar.add_task(f"{self._name}: loading", total=None)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        warnings.showwarning = self._showwarning
+
+    def _warn(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        """What the run itself warns of, as a sentence; other packages' warnings as usual."""
+        if issubclass(category, self._ours):
+            err.print("[yellow]warning:[/] ", end="")
+            err.print(str(message), highlight=False, markup=False)
+        else:
+            self._showwarning(message, category, *where, **more)
 
     def __call__(self, at: Progress) -> None:
         if self._task is not None:
@@ -394,8 +423,15 @@ def _report(result: RunResult) -> None:
     from probe.views.table import render_table
 
     for note in result.notes:
-        err.print(f"[yellow]note:[/] {note}", highlight=False)
+        err.print("[yellow]note:[/] ", end="")
+        err.print(note, highlight=False, markup=False)
     out.print(render_table(result))
+
+
+def _fail(message: str) -> NoReturn:
+    err.print("[bold red]error:[/] ", end="")
+    err.print(message, highlight=False, markup=False)
+    raise SystemExit(2)
 
 
 def main() -> None:
@@ -403,12 +439,12 @@ def main() -> None:
     try:
         app()
     except ProbeError as error:
-        err.print("[bold red]error:[/] ", end="")
-        err.print(str(error), highlight=False, markup=False)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        err.print("stopped; finished samples are in the partial trace: run the same command with --resume to go on")
-        raise SystemExit(130) from None
+        _fail(str(error))
+    except OSError as error:  # a full disk, a folder that cannot be written, under a view's output
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+    except MemoryError:
+        _fail("out of memory; free some, or ask for less at a time")
 
 
 if __name__ == "__main__":

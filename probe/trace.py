@@ -112,7 +112,7 @@ class TraceWriter:
                 raise ProbeError(f"{self.path} is already there; resume it, remove it, or choose another name")
             if not self._partial.exists():
                 source = self.path  # a complete trace gets more samples; renamed once it is known to fit
-        created = not source.exists()
+        created = self._created = not source.exists()
         self._main = self._claim(source, undo)
         journal = _journal(self._partial)
         anew = overwrite and not resume
@@ -375,6 +375,11 @@ class TraceWriter:
             self._drop()
             with contextlib.suppress(OSError):
                 self._file.settle()
+            self._file.close()
+            if self._created and not self._rows:  # nothing was written: leave nothing in the way of another run
+                for path in (_journal(self._partial), self._partial):
+                    with contextlib.suppress(OSError):
+                        path.unlink(missing_ok=True)
             self._release()
 
     def _drop(self) -> None:

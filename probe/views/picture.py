@@ -42,13 +42,20 @@ def kept_panel(picture: Image.Image, box: np.ndarray, kept: np.ndarray, size: in
     grey = image.convert("L").convert("RGB").point(lambda v: round(0.32 * v + 158))
     stay = Image.new("L", (w, h), 0)
     pen = ImageDraw.Draw(stay)
-    for x0, y0, x1, y1 in box[fine & kept]:
-        pen.rectangle((round(x0 * w), round(y0 * h), round(x1 * w) - 1, round(y1 * h) - 1), fill=255)
+    for corners in box[fine & kept]:
+        pen.rectangle(_rectangle(corners, w, h), fill=255)
     image = Image.composite(image, grey, stay)
     pen = ImageDraw.Draw(image)
-    for x0, y0, x1, y1 in box[seen & kept & ~fine]:
-        pen.rectangle((round(x0 * w), round(y0 * h), round(x1 * w) - 1, round(y1 * h) - 1), outline=FRAME)
+    for corners in box[seen & kept & ~fine]:
+        pen.rectangle(_rectangle(corners, w, h), outline=FRAME)
     return _padded(image, size)
+
+
+def _rectangle(corners: np.ndarray, w: int, h: int) -> tuple[int, int, int, int]:
+    """Pixels of a box given as shares; at least one, however thin the picture is."""
+    x0, y0, x1, y1 = (float(c) for c in corners)
+    left, top = min(round(x0 * w), w - 1), min(round(y0 * h), h - 1)
+    return left, top, max(left, round(x1 * w) - 1), max(top, round(y1 * h) - 1)
 
 
 def _padded(image: Image.Image, size: int) -> Image.Image:
