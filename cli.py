@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -228,7 +229,8 @@ def plot(
     if not traces:
         raise ProbeError("name a trace to draw: `probe plot FILE --figure NAME`; `probe plot --list` names the figures")
     path = output or traces[-1].with_suffix("").with_suffix(f".{figure or 'figure'}.png")
-    out.print(f"figure: {draw(traces, figure, path, sample=sample, layer=layer, step=step)}", highlight=False, markup=False)
+    drawn = draw(traces, figure, path, sample=sample, layer=layer, step=step)
+    out.print(f"figure: {drawn}", highlight=False, markup=False)
 
 
 @app.command()
@@ -292,16 +294,43 @@ def merge(
 
 
 @app.command()
-def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None:
-    """Check a trace's checksums."""
-    from probe.trace import verify as problems_of
+def verify(
+    trace: Annotated[Path, typer.Argument(help="A trace file.")],
+    rescue: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the samples that are whole into this new trace.")
+    ] = None,
+) -> None:
+    """Check a trace's checksums, in a process that damage may stop; rescue what is whole."""
+    from probe.trace_examine import examine
+    from probe.trace_examine import rescue as save
 
-    problems = problems_of(trace)
-    for problem in problems:
-        err.print(problem, highlight=False, markup=False)
-    if problems:
+    if rescue is not None:
+        saved = save(trace, rescue)
+        _complain(saved.problems)
+        out.print(f"rescued: {saved.kept} of {saved.rows} samples, into {saved.path}", highlight=False, markup=False)
+        if saved.kept < saved.rows:
+            out.print(
+                "to compute the others, put it in the place of the damaged file and repeat the run with --resume",
+                highlight=False,
+            )
+        return
+    found = examine(trace)
+    _complain(found.problems)
+    if found.problems:
+        if found.rows:
+            err.print(
+                f"{len(found.whole)} of {found.rows} samples are whole"
+                + (f"; probe verify {trace} --rescue NEW.trace.h5 saves them" if found.whole else ""),
+                highlight=False,
+                markup=False,
+            )
         raise typer.Exit(1)
     out.print(f"{trace}: intact", highlight=False, markup=False)
+
+
+def _complain(problems: Sequence[str]) -> None:
+    for problem in problems:
+        err.print(problem, highlight=False, markup=False)
 
 
 def _again(words: list[str], folder: Path) -> str:

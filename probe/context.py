@@ -6,15 +6,14 @@ from typing import Any, cast
 
 from probe.backbones.base import Backbone, Prompt
 from probe.errors import ProbeError
-from probe.loop import Rule
 
-
-def check_length(backbone: Backbone, prompt: Prompt, rule: Rule) -> None:
+def check_length(backbone: Backbone, prompt: Prompt, answer: int) -> None:
     """Raise `ProbeError` for a sequence longer than the model's context, or a prompt that was cut to fit.
 
+    `answer` counts the positions behind the prompt: slots and suffix.
     Published loaders cut such a prompt silently; an answer to a part of the question is worse than none.
     """
-    taken, answer = prompt.embeds.shape[0], rule.gen_length + len(rule.suffix)
+    taken = prompt.embeds.shape[0]
     right = "shorten the question, give fewer or smaller pictures, or lower generate.gen_length"
     cut = getattr(backbone, "max_length", None)
     if isinstance(cut, int) and prompt.n_visual and taken >= cut:

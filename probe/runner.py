@@ -256,14 +256,14 @@ def run(
                     warned=warned,
                 )
                 warm = True
-                records = [record_of(item, number, result, pictures=recipe.trace.pictures) for result in results]
+                done = [record_of(item, number, result, pictures=recipe.trace.pictures) for result in results]
             except Exception as error:
                 failures.append((number, reason_of(error)))
-                records = [failure_of(item, number, failures[-1][1])] * len(writers)
+                done = [failure_of(item, number, failures[-1][1])] * len(writers)
                 no_memory = is_out_of_memory(error)
             if no_memory:  # here nothing refers to the exception, and to what its frames held, any more
                 free_memory()
-            for writer, record in zip(writers, records, strict=True):
+            for writer, record in zip(writers, done, strict=True):
                 if number not in writer.done:
                     writer.write(record)
     rows = summarise([s.path for s in sides], [s.label for s in sides])
@@ -319,7 +319,7 @@ def _one_sample(
     recipe = sides[0].recipe
     prompt = backbone.assemble(sample.question, features, think=bool(recipe.generate.think))
     rule = rule_for(backbone, recipe, sample.generate, pictures=bool(sample.images))
-    check_length(backbone, prompt, rule)
+    check_length(backbone, prompt, rule.gen_length + len(rule.suffix))
     keeps_signals = recipe.trace.samples == "all" or number < int(recipe.trace.samples)
 
     def on_step(side: _Side) -> OnStep:
@@ -364,7 +364,8 @@ def _one_sample(
         where = where_first(results[side.path].arrays, side.table, dims, rule.steps)
         if where is not None and side.label not in warned:
             warned.add(side.label)
-            warnings.warn(f"{side.label}, sample {number}, {where}; `{NONFINITE}` in the trace counts them", NotFinite, 2)
+            told = f"{side.label}, sample {number}, {where}; `{NONFINITE}` in the trace counts them"
+            warnings.warn(told, NotFinite, stacklevel=2)
     return [_charged(side, results[side.path], clean.get(side.path), spent, encode_flops, number) for side in sides]
 
 

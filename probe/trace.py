@@ -409,9 +409,12 @@ class TraceWriter:
 # -------------------------------------------------------------------- reading
 
 
-def open_trace(path: Path | str) -> Trace:
+def open_trace(path: Path | str, *, damaged: bool = False) -> Trace:
     """Open a finished or a partial trace for reading. A partial one may still be being written: it is then read
     as it was after its last complete sample.
+
+    `damaged` also opens a file that was cut off: what is missing reads as zeros, and only checksums tell which values
+    are whole (`probe.trace_examine`).
     """
     path = Path(path)
     if not path.exists():
@@ -423,7 +426,7 @@ def open_trace(path: Path | str) -> Trace:
         raise ProbeError(f"{path} is a folder, not a trace; name one file in it")
     with contextlib.ExitStack() as closing:
         try:
-            h5 = _open_for_reading(path, closing)
+            h5 = _open_for_reading(path, closing, damaged=damaged)
             conventions = _plain(h5.attrs.get("Conventions", ""))
             if conventions != CONVENTIONS:
                 said = f"its Conventions are `{conventions}`" if conventions else "it has no Conventions attribute"
@@ -438,8 +441,11 @@ def open_trace(path: Path | str) -> Trace:
         return trace
 
 
-def _open_for_reading(path: Path, closing: contextlib.ExitStack) -> h5py.File:
+def _open_for_reading(path: Path, closing: contextlib.ExitStack, *, damaged: bool = False) -> h5py.File:
     journal = _journal(path)
+    if damaged:
+        main = closing.enter_context(open(path, "rb", buffering=0))  # noqa: SIM115 (closed by the stack)
+        return closing.enter_context(h5py.File(_as_if_whole(with_journal(main, journal)), "r"))
     if not path.name.endswith(".partial"):
         return closing.enter_context(h5py.File(path, "r", locking="best-effort"))
     main = closing.enter_context(open(path, "rb", buffering=0))  # noqa: SIM115 (closed by the stack)
@@ -452,6 +458,22 @@ def _open_for_reading(path: Path, closing: contextlib.ExitStack) -> h5py.File:
     if not view.read(PAGE).strip(b"\0"):
         raise ProbeError(f"{path} holds nothing yet: the run was stopped as it began; start it again")
     return closing.enter_context(h5py.File(view, "r"))
+
+
+_END_OF_FILE = 40  # where HDF5's superblock, of version 0 as the writer makes it, says how long the file is
+
+
+def _as_if_whole(view: JournaledFile) -> JournaledFile:
+    """A view of a file as long as it says it should be, with zeros for what is missing; HDF5 refuses others."""
+    there = view.seek(0, os.SEEK_END)
+    view.seek(0)
+    first = bytearray(view.read(PAGE))
+    if len(first) == PAGE and first.startswith(b"\x89HDF\r\n\x1a\n\0"):
+        said = int.from_bytes(first[_END_OF_FILE : _END_OF_FILE + 8], "little")
+        whole = said if there <= said <= 64 * there + (1 << 20) else there
+        first[_END_OF_FILE : _END_OF_FILE + 8] = whole.to_bytes(8, "little")
+        view.cover(0, first, whole)
+    return view
 
 
 def _unreadable(path: Path, error: OSError) -> str:

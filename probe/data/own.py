@@ -111,7 +111,8 @@ def from_jsonl(path: str | Path) -> Iterator[Sample]:
         try:
             row = _checked(line, where, path.parent, str(number))
             if row["id"] in seen:
-                raise ProbeError(f"{where}: the id {row['id']!r} was already used at {seen[row['id']]}; ids must differ")
+                before = seen[row["id"]]
+                raise ProbeError(f"{where}: the id {row['id']!r} was already used at {before}; ids must differ")
         except ProbeError as error:
             rows.append((where, error))
             continue

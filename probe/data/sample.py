@@ -9,7 +9,6 @@ from PIL import Image
 
 from probe.errors import ProbeError
 
-
 LONGEST_SIDE = 16_384
 """Pixels. Some encoders pad pictures to squares: a strip of 20,000 x 1 pixels would become 400 megapixels."""
 
@@ -39,7 +38,8 @@ class Sample:
         try:
             self.question.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ProbeError(f"sample {self.id}: the question holds half of a surrogate pair ({error.reason})") from None
+            what = f"the question holds half of a surrogate pair ({error.reason})"
+            raise ProbeError(f"sample {self.id}: {what}") from None
         for image in self.images:
             check_size(image, f"sample {self.id}: the picture")
 
