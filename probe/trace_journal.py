@@ -95,7 +95,7 @@ class JournaledFile:
         self._main = main
         self._journal_path = journal_path
         self._journal: BinaryIO | None = None
-        self._token = token
+        self.token = token
         self._pages: dict[int, bytearray] = {}  # changed since the last commit
         self._logged: dict[int, bytearray] = {}  # in the journal, not yet in its place
         self._synced = -self.sync_seconds
@@ -203,7 +203,7 @@ class JournaledFile:
         if self._pages or self._size != self._main_size:
             if self._journal is None:
                 self._journal = open(self._journal_path, "w+b", buffering=0)  # noqa: SIM115 (lives as long as we do)
-                self._journal.write(_HEADER.pack(_MAGIC, self._token, 0, zlib.crc32(bytes(8))))
+                self._journal.write(_HEADER.pack(_MAGIC, self.token, 0, zlib.crc32(bytes(8))))
             with self._commit_lock():
                 self._log(self._journal)
                 late = time.monotonic() - self._synced >= self.sync_seconds
