@@ -91,6 +91,7 @@ class TraceWriter:
         self._partial = _partial(self.path)
         self._h5: h5py.File | None = None
         self._closed = False
+        self._began = False  # whether a sample was written since the file was opened
         self._broken = ""  # why nothing can be written any more
         self._every = 1  # samples per commit; merging, which can be repeated, takes more
         self._pending = 0
@@ -113,6 +114,7 @@ class TraceWriter:
             if not self._partial.exists():
                 source = self.path  # a complete trace gets more samples; renamed once it is known to fit
         created = self._created = not source.exists()
+        self._was_complete = source == self.path
         self._main = self._claim(source, undo)
         journal = _journal(self._partial)
         anew = overwrite and not resume
@@ -269,6 +271,7 @@ class TraceWriter:
                 raise ProbeError(f"{where}: variable `{name}` was not declared; {near}")
         arrays = {n: check_array(self.variables[n], a, where) for n, a in record.arrays.items()}
         extents = extents_of(arrays, self.variables, self.header.coords, where)
+        self._began = True
         try:
             self._append(record, arrays, extents)
             self._pending += 1
@@ -377,10 +380,12 @@ class TraceWriter:
             with contextlib.suppress(OSError):
                 self._file.settle()
             self._file.close()
-            if self._created and not self._rows:  # nothing was written: leave nothing in the way of another run
-                for path in (_journal(self._partial), self._partial):
-                    with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if self._created and not self._rows:  # nothing was written: leave nothing in the way of another run
+                    for path in (_journal(self._partial), self._partial):
                         path.unlink(missing_ok=True)
+                elif self._was_complete and not self._began:  # nothing was added: as complete as before
+                    os.replace(self._partial, self.path)
             self._release()
 
     def _drop(self) -> None:
