@@ -7,6 +7,7 @@ from typing import Any, cast
 from probe.backbones.base import Backbone, Prompt
 from probe.errors import ProbeError
 
+
 def check_length(backbone: Backbone, prompt: Prompt, answer: int) -> None:
     """Raise `ProbeError` for a sequence longer than the model's context, or a prompt that was cut to fit.
 

@@ -211,7 +211,7 @@ class TraceWriter:
         self._h5 = h5 = h5py.File(self._file, "r+")
         if _plain(h5.attrs.get("Conventions")) != CONVENTIONS:
             raise ProbeError(f"cannot resume {source}: it is not a trace; remove it or choose another name")
-        self._file.token = bytes(h5.attrs["trace_id"])  # the journal belongs to the file, whatever this run's header says
+        self._file.token = bytes(h5.attrs["trace_id"])  # the journal belongs to the file, not to this run
         there = Trace(source, _contents(h5))
         found = differences(there.header, there.declared(), self.header, self.variables.values())
         if found:
