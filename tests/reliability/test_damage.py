@@ -82,7 +82,7 @@ def test_damage_is_found_and_the_rest_rescued(trace: Path, tmp_path: Path, kind:
 def test_campaign_damage(trace: Path, tmp_path: Path, kind: str) -> None:
     said: collections.Counter[str] = collections.Counter()
     whole = 0
-    n = trials(200)
+    n = trials(100)
     for seed in range(n):
         kind_of, kept = damage_and_rescue(trace, tmp_path, kind, seed, 10)
         said[kind_of] += 1
