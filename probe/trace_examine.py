@@ -83,12 +83,15 @@ def examine(path: Path | str, *, seconds: float = SECONDS) -> Examined:
     return Examined(tuple(problems), rows, tuple(whole), header_is_whole)
 
 
-def rescue(path: Path | str, out: Path | str, *, seconds: float = SECONDS) -> Rescued:
-    """Write the whole samples of a damaged trace into a new one, which a run with `resume` then completes."""
+def rescue(path: Path | str, out: Path | str, *, found: Examined | None = None, seconds: float = SECONDS) -> Rescued:
+    """Write the whole samples of a damaged trace into a new one, which a run with `resume` then completes.
+
+    `found` is what `examine` said, if it was asked already.
+    """
     path, out = Path(path), Path(out)
     if out.exists() or out.with_name(out.name + ".partial").exists():
         raise ProbeError(f"{out} is already there; name a new file to rescue {path.name} into")
-    found = examine(path, seconds=seconds)
+    found = found or examine(path, seconds=seconds)
     if not found.whole:
         why = found.problems[0] if found.problems else "it holds no samples"
         raise ProbeError(f"nothing of {path} can be rescued: {why}")

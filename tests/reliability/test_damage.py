@@ -63,7 +63,7 @@ def damage_and_rescue(trace: Path, folder: Path, kind: str, seed: int, seconds: 
         same_runs(bad, trace)
         return "harmless", COUNT
     if found.whole:
-        saved = rescue(bad, out, seconds=seconds)
+        saved = rescue(bad, out, found=found, seconds=seconds)
         rescued = contents(out)
         assert len(rescued) == saved.kept and all(rescued[n] == right[n] for n in rescued), (kind, seed)
         assert verify(out) == []
@@ -73,8 +73,7 @@ def damage_and_rescue(trace: Path, folder: Path, kind: str, seed: int, seconds: 
 
 @pytest.mark.parametrize("kind", ["flip", "noise", "zeros", "cut"])
 def test_damage_is_found_and_the_rest_rescued(trace: Path, tmp_path: Path, kind: str) -> None:
-    for seed in range(2):
-        damage_and_rescue(trace, tmp_path, kind, seed, 20)
+    damage_and_rescue(trace, tmp_path, kind, 0, 20)
 
 
 @pytest.mark.slow
@@ -117,7 +116,7 @@ def test_one_damaged_sample_costs_one_sample(trace: Path, tmp_path: Path) -> Non
 
 def test_a_rescued_trace_is_completed_by_the_run(trace: Path, tiny: Any, tmp_path: Path) -> None:
     content = trace.read_bytes()
-    for share in np.arange(0.95, 0.3, -0.1):
+    for share in (0.8, 0.5, 0.3):
         (tmp_path / "bad.trace.h5").write_bytes(content[: int(len(content) * share)])
         if len(examine(tmp_path / "bad.trace.h5").whole) < COUNT:
             break
@@ -150,7 +149,6 @@ def test_what_is_no_trace_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.h5").write_bytes(b"hello, world")
     (tmp_path / "empty.h5").touch()
     for name, words in (("x.h5", "not an HDF5 file"), ("empty.h5", "is empty"), ("none.h5", "no such trace")):
-        assert words in examine(tmp_path / name).problems[0]
         with pytest.raises(ProbeError, match=words):
             rescue(tmp_path / name, tmp_path / "out.h5")
         assert not (tmp_path / "out.h5").exists()
@@ -197,7 +195,7 @@ def test_a_damaged_journal_takes_nothing_from_the_file(tmp_path: Path, monkeypat
     main, log = (tmp_path / f"t.h5.partial{end}" for end in ("", ".journal"))
     content = log.read_bytes()
     held = set()
-    for at in range(0, len(content), len(content) // 24):
+    for at in range(0, len(content), len(content) // 16):
         dead = tmp_path / "dead"
         shutil.rmtree(dead, ignore_errors=True)
         dead.mkdir()

@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 from hardship import ended, forked, needs_fork, partials, recording_recipe, same_runs, samples_of, trials
+from typer.testing import CliRunner
 
 import probe
 import probe.trace_journal as journal
+from probe.__main__ import load_cli
 from probe.stopping import SIGNALS, Stopped
 from probe.trace import open_trace, verify
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNT = 6
+COUNT = 5
 
 Run = Callable[[Path, bool], None]
 
@@ -93,12 +95,9 @@ def at_a_moment(rng: random.Random, seconds: float) -> Callable[[int], None]:
 
 
 @needs_fork
-@pytest.mark.parametrize("seed", range(2))
-def test_kill_9_at_random_moments_of_a_run(
-    run_to: Run, undisturbed: tuple[Path, float], tmp_path: Path, seed: int
-) -> None:
+def test_kill_9_at_random_moments_of_a_run(run_to: Run, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
     whole, seconds = undisturbed
-    assert survive(run_to, tmp_path, whole, at_a_moment(random.Random(seed), seconds), 3) >= 1
+    assert survive(run_to, tmp_path, whole, at_a_moment(random.Random(0), seconds), 3) >= 1
 
 
 @needs_fork
@@ -160,7 +159,7 @@ def campaign_in_writes(run_to: Run, whole: Path, folder: Path, wanted: int) -> t
 
 @needs_fork
 def test_kill_9_inside_a_write(run_to: Run, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    assert campaign_in_writes(run_to, undisturbed[0], tmp_path, 4)[0] >= 4
+    assert campaign_in_writes(run_to, undisturbed[0], tmp_path, 2)[0] >= 2
 
 
 @needs_fork
@@ -244,7 +243,7 @@ probes:
 """
 
 
-def test_the_command_says_how_to_go_on_and_that_works(tmp_path: Path) -> None:
+def test_the_command_says_how_to_go_on_and_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sleep.py").write_text(SLEEPER)
     (tmp_path / "sleepy.yaml").write_text(SLEEPY)
     command = [sys.executable, "-m", "probe", "run", "sleepy.yaml", "--plugin", "sleep.py", "--no-time"]
@@ -266,8 +265,7 @@ def test_the_command_says_how_to_go_on_and_that_works(tmp_path: Path) -> None:
     assert words[-3:] == ["--out", "runs/sleepy", "--resume"]
     partial = held(folder)
     assert 0 < len(partial["sleepy.trace.h5"]) < 5
-    done = subprocess.run(
-        [sys.executable, "-m", "probe", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(load_cli().app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     assert held(folder) == {f"sleepy{side}.trace.h5": [0, 1, 2, 3, 4] for side in ("", ".baseline")}

@@ -133,8 +133,8 @@ def campaign(attempt: Callable[[str], str], seeds: range) -> collections.Counter
 
 
 def test_odd_recipes_run_or_say_where(attempt: Callable[[str], str]) -> None:
-    said = campaign(attempt, range(120))
-    assert said["ran"] > 10 and said["refused before it was parsed"] > 10
+    said = campaign(attempt, range(60))
+    assert said["ran"] > 5 and said["refused before it was parsed"] > 5
 
 
 @pytest.mark.slow
