@@ -1,6 +1,7 @@
 """The command line: parses, calls `probe.*`, prints.
 
-Nothing is computed here, and nothing heavy is imported for --help.
+Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones and traces, and those for
+people who write pruners, stand in `probe/cli_backbones.py`, `probe/cli_traces.py` and `probe/cli_tools.py`.
 """
 
 from __future__ import annotations
@@ -8,19 +9,28 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
-from rich.console import Console
 
+from probe import cli_backbones, cli_tools, cli_traces
+from probe.cli_common import (
+    BackboneOption,
+    PluginOption,
+    RecipeArgument,
+    SetOption,
+    err,
+    out,
+    recipe_of,
+    shard_of,
+    size_of,
+)
 from probe.errors import ProbeError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from probe.recipe import Recipe
     from probe.runner import Progress, RunResult
 
 app = typer.Typer(
@@ -30,25 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
-
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped recipe's name, or a trace to repeat.")
-]
-BackboneOption = Annotated[
-    str | None,
-    typer.Option("--backbone", "-b", help="Name, folder or Hub id; default: the recipe's, else `miniature`."),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="NAME=VALUE", help="Turn a dial (keep=0.25) or a setting (generate.steps=8)."),
-]
-
-PluginOption = Annotated[
-    list[Path] | None,
-    typer.Option("--plugin", help="A Python file with scores, selections or code probes of your own."),
-]
 
 
 @app.command()
@@ -58,8 +49,12 @@ def run(
     data: Annotated[
         str | None, typer.Option(help="A task (see `probe backbones`) or a JSONL file of your own.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="One picture of your own, with --ask.")] = None,
-    ask: Annotated[str | None, typer.Option(help="The question about --image.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture of your own, with --ask; give it again for more pictures.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="A video file, or a folder of frames, with --ask.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="How many frames of --video, evenly spread.")] = 32,
+    ask: Annotated[str | None, typer.Option(help="The question about --image or --video.")] = None,
     sets: SetOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice; default: the recipe's.")] = None,
@@ -82,14 +77,16 @@ def run(
     from probe.stopping import Stopped
 
     code = load_plugins(plugin or [])
-    loaded = _load(recipe, sets, backbone=backbone, data=data, own_samples=image is not None or data is not None)
+    loaded = recipe_of(recipe, sets, backbone=backbone, data=data, own_samples=bool(image or video or data))
     samples = None
-    if (image is None) != (ask is None):
-        raise ProbeError("--image and --ask belong together: a picture, and the question about it")
-    if image is not None and ask is not None:
-        from probe.data import from_image
+    if bool(image or video) != (ask is not None):
+        raise ProbeError("--image (or --video) and --ask belong together: what is seen, and the question about it")
+    if image and video:
+        raise ProbeError("--image and --video cannot stand together; give one of them")
+    if ask is not None:
+        from probe.data import from_images, from_video
 
-        samples = [from_image(image, ask)]
+        samples = [from_images(image, ask) if image else from_video(cast(Path, video), ask, frames)]
     try:
         with _Display(loaded.name) as display:
             result = run_recipe(
@@ -101,7 +98,7 @@ def run(
                 device=device,
                 dtype=dtype,
                 resume=resume,
-                shard=_shard(shard),
+                shard=shard_of(shard),
                 baseline=baseline,
                 timed=timed,
                 code_probes=code,
@@ -128,267 +125,43 @@ def check(
         str | None, typer.Option(metavar="WxH", help="Count the visual tokens of a picture of this size, e.g. 640x480.")
     ] = None,
 ) -> None:
-    """Say in words what a recipe will do on a backbone, without loading its weights."""
+    """Say in words what a recipe will do on a backbone, and what it will leave, without loading its weights."""
     from probe.backbones import facts_of, visual_count
+    from probe.composition import check_without_weights
     from probe.explain import explain
+    from probe.outlook import outlook
     from probe.plugins import load_plugins
 
     load_plugins(plugin or [])
-    loaded = _load(recipe, sets, backbone=backbone)
-    n_visual = visual_count(loaded.backbone, [_size(picture)]) if picture is not None else None
-    out.print(explain(loaded, facts_of(loaded.backbone), n_visual), highlight=False, markup=False)
+    loaded = recipe_of(recipe, sets, backbone=backbone)
+    sizes = [size_of(picture)] if picture is not None else None
+    facts = facts_of(loaded.backbone)
+    check_without_weights(loaded, facts)
+    n_visual = visual_count(loaded.backbone, sizes) if sizes else None
+    out.print(explain(loaded, facts, n_visual), highlight=False, markup=False)
+    if (foreseen := outlook(loaded, sizes)) is not None:
+        out.print(foreseen, highlight=False, markup=False)
 
 
 @app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
-    from rich.table import Table
-
-    from probe.recipe import shipped_recipes
-
-    table = Table("recipe", "what it does", box=None, pad_edge=False)
-    for info in shipped_recipes():
-        table.add_row(info.name, info.about)
-    out.print(table)
-
-
-@app.command()
-def backbones() -> None:
-    """List the backbones by name, and the tasks that come with the project."""
-    from rich.table import Table
-
-    from probe.backbones import known_backbones
-    from probe.data import tasks
-
-    table = Table("backbone", "layers", "width", "vocabulary", "what it is", box=None, pad_edge=False)
-    for info in known_backbones():
-        table.add_row(info.name, str(info.layers), str(info.width), str(info.vocabulary), info.about)
-    out.print(table)
-    out.print("\nAny folder or Hub id with a checkpoint in one of these layouts works as well.")
-    out.print("Tasks: " + ", ".join(tasks()))
-
-
-@app.command()
-def sites(backbone: Annotated[str, typer.Argument(help="Name, folder or Hub id.")] = "miniature") -> None:
-    """Show where probes can attach, and the module behind each place."""
-    from probe.views.sites import render_sites
-
-    out.print(render_sites(backbone))
-
-
-@app.command()
-def show(
-    trace: Annotated[Path, typer.Argument(help="A trace file, complete or partial.")],
-    variable: Annotated[str | None, typer.Argument(help="One of its variables.")] = None,
-    sample: Annotated[str | None, typer.Option(help="3, or 3..5")] = None,
-    step: Annotated[str | None, typer.Option(help="4, or 4..8")] = None,
-    layer: Annotated[str | None, typer.Option(help="2, or 0..3")] = None,
-    head: Annotated[str | None, typer.Option(help="0, or 0..3")] = None,
-    mean: Annotated[list[str] | None, typer.Option(help="Average over this axis.")] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print the selection as CSV.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the selection as JSON.")] = False,
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Show this one as it is written.")] = None,
 ) -> None:
-    """Show what a trace holds, or one variable of it."""
-    from probe.trace import open_trace
-    from probe.views import terminal
+    """List the shipped recipes: what each does, where it acts, its dials, its paper. Or show one."""
+    from probe.catalogue import catalogue, source_of
+    from probe.views.catalogue import render_catalogue
 
-    with open_trace(trace) as opened:
-        if variable is None:
-            out.print(terminal.render_summary(opened))
-            return
-        picked: dict[str, Any] = {"sample": sample, "step": step, "layer": layer, "head": head}
-        if as_csv or as_json:
-            write = terminal.to_csv if as_csv else terminal.to_json
-            sys.stdout.write(write(opened, variable, **picked, mean=tuple(mean or ())))
-            return
-        out.print(terminal.render_variable(opened, variable, **picked, mean=tuple(mean or ())))
-
-
-@app.command()
-def plot(
-    traces: Annotated[list[Path] | None, typer.Argument(help="One trace, or several for `tradeoff`.")] = None,
-    figure: Annotated[str | None, typer.Option("--figure", "-f", help="See --list; default: the trace's own.")] = None,
-    output: Annotated[Path | None, typer.Option("--out", "-o", help="FILE.png, .pdf or .svg.")] = None,
-    sample: Annotated[int | None, typer.Option(help="Number of a sample, for figures of one sample.")] = None,
-    layer: Annotated[int | None, typer.Option(help="A layer, instead of the mean over layers.")] = None,
-    step: Annotated[int | None, typer.Option(help="A step, instead of all of them.")] = None,
-    list_them: Annotated[bool, typer.Option("--list", help="List the figures.")] = False,
-) -> None:
-    """Draw a figure of a trace."""
-    from probe.views.figures import list_figures
-    from probe.views.figures import plot as draw
-
-    if list_them:
-        from rich.table import Table
-
-        table = Table("figure", "what it shows", box=None, pad_edge=False)
-        for name, about in list_figures():
-            table.add_row(name, about)
-        out.print(table)
+    if name is None:
+        out.print(render_catalogue(catalogue()))
         return
-    if not traces:
-        raise ProbeError("name a trace to draw: `probe plot FILE --figure NAME`; `probe plot --list` names the figures")
-    path = output or traces[-1].with_suffix("").with_suffix(f".{figure or 'figure'}.png")
-    drawn = draw(traces, figure, path, sample=sample, layer=layer, step=step)
-    out.print(f"figure: {drawn}", highlight=False, markup=False)
+    path, text = source_of(name)
+    out.print(f"# {path}", highlight=False, markup=False, soft_wrap=True)
+    out.print(text, highlight=False, markup=False, soft_wrap=True, end="")
 
 
-@app.command()
-def compare(
-    traces: Annotated[list[Path], typer.Argument(help="The unpruned trace, then those to compare with it.")],
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print the differences of every sample as CSV.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
-    """Compare traces of the same samples, paired: score, agreement, divergence and restoration, cost."""
-    from probe.compare import compare as compare_traces
-    from probe.views import comparison
-
-    result = compare_traces(traces)
-    if as_csv or as_json:
-        sys.stdout.write(comparison.to_csv(result) if as_csv else comparison.to_json(result))
-        return
-    out.print(comparison.render_comparison(result))
-
-
-@app.command()
-def replay(
-    trace: Annotated[Path, typer.Argument(help="A trace file, complete or partial.")],
-    sample: Annotated[int, typer.Option(help="Number of the sample.")] = 0,
-    gif: Annotated[Path | None, typer.Option(help="Write an animated picture instead.")] = None,
-) -> None:
-    """Step through one sample's denoising: keys right and left, space plays, q ends."""
-    from probe.trace import open_trace
-    from probe.views.replay import play
-    from probe.views.replay_frames import row_of
-    from probe.views.replay_gif import save_gif
-
-    with open_trace(trace) as opened:
-        row = row_of(opened, sample)
-        if gif is not None:
-            out.print(f"animation: {save_gif(opened, row, gif)}", highlight=False, markup=False)
-        else:
-            play(opened, row, out)
-
-
-@app.command()
-def report(
-    traces: Annotated[list[Path], typer.Argument(help="Traces of the same samples, shown side by side.")],
-    output: Annotated[Path, typer.Option("--out", "-o", help="FILE.html")] = Path("report.html"),
-    samples: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
-) -> None:
-    """Write one self-contained page to look around in: pictures, tokens, attention, answers, tables."""
-    from probe.views.report import write_report
-
-    out.print(f"page: {write_report(traces, output, samples=samples)}", highlight=False, markup=False)
-
-
-@app.command()
-def merge(
-    traces: Annotated[list[Path], typer.Argument(help="Traces of the shards of one run, in any order.")],
-    output: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
-) -> None:
-    """Join the traces of a run's shards, in the order of their samples."""
-    from probe.trace import merge as join
-
-    out.print(f"trace: {join(traces, output)}", highlight=False, markup=False)
-
-
-@app.command()
-def verify(
-    trace: Annotated[Path, typer.Argument(help="A trace file.")],
-    rescue: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the samples that are whole into this new trace.")
-    ] = None,
-) -> None:
-    """Check a trace's checksums, in a process that damage may stop; rescue what is whole."""
-    from probe.trace_examine import examine
-    from probe.trace_examine import rescue as save
-
-    if rescue is not None:
-        saved = save(trace, rescue)
-        _complain(saved.problems)
-        out.print(f"rescued: {saved.kept} of {saved.rows} samples, into {saved.path}", highlight=False, markup=False)
-        if saved.kept < saved.rows:
-            out.print(
-                "to compute the others, put it in the place of the damaged file and repeat the run with --resume",
-                highlight=False,
-            )
-        return
-    found = examine(trace)
-    _complain(found.problems)
-    if found.problems:
-        if found.rows:
-            err.print(
-                f"{len(found.whole)} of {found.rows} samples are whole"
-                + (f"; probe verify {trace} --rescue NEW.trace.h5 saves them" if found.whole else ""),
-                highlight=False,
-                markup=False,
-            )
-        raise typer.Exit(1)
-    out.print(f"{trace}: intact", highlight=False, markup=False)
-
-
-def _complain(problems: Sequence[str]) -> None:
-    for problem in problems:
-        err.print(problem, highlight=False, markup=False)
-
-
-def _again(words: list[str], folder: Path) -> str:
-    """The command that goes on with a run that was stopped."""
-    named = any(w in ("-o", "--out") or w.startswith("--out=") for w in words)
-    more = [*([] if named else ["--out", str(folder)]), *([] if "--resume" in words else ["--resume"])]
-    return "probe " + shlex.join([*words, *more])
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ProbeError(f"--picture {text}: write WIDTHxHEIGHT in pixels, for example 640x480")
-    return int(width), int(height)
-
-
-def _shard(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ProbeError(f"--shard {text}: write I/N with I from 0 to N-1, for example 0/4")
-    return int(index), int(count)
-
-
-def _load(
-    recipe: str,
-    sets: list[str] | None,
-    *,
-    backbone: str | None = None,
-    data: str | None = None,
-    own_samples: bool = False,
-) -> Recipe:
-    from probe.recipe import load_recipe, parse_recipe
-
-    overrides = list(sets or ())
-    if recipe.endswith((".h5", ".h5.partial")):
-        from probe.trace import open_trace
-
-        with open_trace(Path(recipe)) as trace:
-            if trace.header.extra.get("own_samples") and not own_samples:
-                raise ProbeError(f"{recipe} is of a picture and a question of your own; give --image and --ask again")
-            loaded = parse_recipe(trace.header.recipe_yaml, source=recipe, sets=overrides)
-    else:
-        loaded = load_recipe(recipe, overrides)
-    if backbone is not None:
-        loaded = loaded.model_copy(update={"backbone": backbone})
-    if data is not None:
-        source = (
-            {"task": None, "file": data}
-            if data.endswith((".jsonl", ".json")) or Path(data).exists()
-            else {
-                "task": data,
-                "file": None,
-            }
-        )
-        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=source)})
-    return loaded
+app.add_typer(cli_tools.app)
+app.add_typer(cli_backbones.app)
+app.add_typer(cli_traces.app)
 
 
 class _Display:
@@ -455,6 +228,13 @@ def _report(result: RunResult) -> None:
         err.print("[yellow]note:[/] ", end="")
         err.print(note, highlight=False, markup=False)
     out.print(render_table(result))
+
+
+def _again(words: list[str], folder: Path) -> str:
+    """The command that goes on with a run that was stopped."""
+    named = any(w in ("-o", "--out") or w.startswith("--out=") for w in words)
+    more = [*([] if named else ["--out", str(folder)]), *([] if "--resume" in words else ["--resume"])]
+    return "probe " + shlex.join([*words, *more])
 
 
 def _fail(message: str) -> NoReturn:

@@ -21,11 +21,13 @@ from probe.finite import NONFINITE, nonfinite
 from probe.looking import Recorder
 from probe.loop import Step
 from probe.registry import Entry, signals
-from probe.site import SEGMENTS, Clock, Fate, Role, Site
+from probe.site import SEGMENTS, Clock, Fate, Phase, Role, Site
 from probe.timing import PHASES
 from probe.trace_schema import Variable
 
 _FATES = {fate.name.lower(): int(fate) for fate in Fate}
+_PASSES = {phase.value: i for i, phase in enumerate(Phase, 1)}
+_ON_CACHE = {"none": 0, "columns": 1, "refresh": 2}
 _ROLES = {role.name.lower(): int(role) for role in (Role.VISUAL, Role.NEWLINE)}
 
 ALWAYS: tuple[Variable, ...] = (
@@ -50,6 +52,31 @@ ALWAYS: tuple[Variable, ...] = (
         "floor(first slot being decoded / block_length)", dtype="int32",
     ),
     Variable(
+        "phase_of_pass", ("step",), "1",
+        "what the pass was for: the prompt alone or everything for a cache, or denoising",
+        "phase of the clock", dtype="uint8", flags=_PASSES,
+    ),
+    Variable(
+        "rows_computed", ("step",), "1",
+        "rows that the pass computed (the others were read from stored keys and values, or absent)",
+        "rows of the first layer's queries", dtype="int32",
+    ),
+    Variable(
+        "recomputed", ("step", "position"), "1",
+        "whether the pass computed the slot's row",
+        "1 if the row of slot i was a query of the pass (of its first layer, where layers choose)", dtype="uint8",
+    ),
+    Variable(
+        "removal_on_cache", ("step",), "1",
+        "how stored features follow a removal for good: their columns are cut, or the next pass computes everything",
+        "option on_cache of the removal; columns where the cache cannot be refreshed", dtype="uint8", flags=_ON_CACHE,
+    ),
+    Variable(
+        "slot_place", ("step", "position"), "1",
+        "where the slot stands in the answer after the step (-1: not there)",
+        "number of slots before it", dtype="int32",
+    ),
+    Variable(
         "visual_tokens", ("step", "layer"), "1",
         "visual tokens in the layer's attention",
         "number of j with visual_kept_j = kept", dtype="int32",
@@ -61,7 +88,7 @@ ALWAYS: tuple[Variable, ...] = (
     ),
     Variable(
         "visual_box", ("visual", "corner"), "1",
-        "what the token sees: x0, y0, x1, y1 as shares of its picture",
+        "what the token sees: x0, y0, x1, y1 as shares of the stored picture",
         "(x0 / width, y0 / height, x1 / width, y1 / height)",
     ),
     Variable(
@@ -115,12 +142,42 @@ ALWAYS: tuple[Variable, ...] = (
         "max over the sample of bytes allocated", dtype="float64",
     ),
     Variable(
+        "unreached", (), "1",
+        "interventions whose steps the decoding did not reach (it ended early, or they lie behind its last step)",
+        "number of interventions with no step among those that ran", dtype="int32",
+    ),
+    Variable(
         "prompt_length", (), "1",
         "positions before the answer",
         "positions of system, visual span and question", dtype="int32",
     ),
+    Variable(
+        "visual_original", (), "1",
+        "visual tokens that the sample would have without pruning: what retention is a share of",
+        "tokens of the visual span of the unpruned sequence", dtype="int32",
+    ),
 )  # fmt: skip
 """The variables of every trace: what the loop knows anyway."""
+
+
+ENCODER: tuple[Variable, ...] = (
+    Variable(
+        "encoder_tokens", ("encoder_layer", "view"), "1",
+        "tokens of each view in the encoder layer's attention",
+        "patches of the view that are neither merged away nor dropped, and tokens added to it", dtype="int32",
+    ),
+    Variable(
+        "patch_box", ("patch", "corner"), "1",
+        "what the patch sees: x0, y0, x1, y1 as shares of its picture",
+        "(x0 / width, y0 / height, x1 / width, y1 / height)",
+    ),
+    Variable(
+        "patch_view", ("patch",), "1",
+        "view of the picture: 0 its base view, then its tiles",
+        "number of the view that the patch belongs to", dtype="int16",
+    ),
+)  # fmt: skip
+"""The variables of every trace whose recipe has probes in the image encoder."""
 
 
 def constant(call: Call) -> dict[str, Any]:
@@ -133,19 +190,24 @@ def recorded_variables(table: ProbeTable) -> list[Variable]:
     out: dict[str, Variable] = {}
     for probe in table.probes:
         for record in probe.records:
-            call, by_layer = record.signal, probe.site.has_layers
-            out.setdefault(record.name, _variable(record.name, call.entry, constant(call), by_layer, probe.name))
-    out.setdefault("confidence", _variable("confidence", signals["confidence"], {}, False, ""))
-    return list(out.values())
+            call, site = record.signal, probe.site
+            if site.in_encoder:
+                axes: tuple[str, ...] = ("encoder_layer",) if site.has_layers else ()
+            else:
+                axes = ("step", "layer") if site.has_layers else ("step",)
+            out.setdefault(record.name, _variable(record.name, call.entry, constant(call), axes, probe.name))
+    out.setdefault("confidence", _variable("confidence", signals["confidence"], {}, ("step",), ""))
+    looks = any(p.site is not Site.IMAGES for p in table.encoder)
+    return [*out.values(), *(ENCODER if looks else ())]
 
 
-def _variable(name: str, entry: Entry, params: Mapping[str, Any], by_layer: bool, probe: str) -> Variable:
+def _variable(name: str, entry: Entry, params: Mapping[str, Any], axes: tuple[str, ...], probe: str) -> Variable:
     dims = entry.meta["dims"]
     dims = dims(params) if callable(dims) else dims
     said = ", ".join(f"{k}={v}" for k, v in params.items())
     return Variable(
         name,
-        ("step", "layer", *dims) if by_layer else ("step", *dims),
+        (*axes, *dims),
         entry.meta["units"],
         entry.meta["long_name"] + (f" ({said})" if said else ""),
         entry.meta.get("formula", ""),
@@ -179,7 +241,12 @@ class _Kept:
     active: list[bool]
     tokens: np.ndarray
     slots: np.ndarray
-    committed: Tensor
+    written: np.ndarray
+    remasked: Tensor | None
+    numbers: np.ndarray
+    computed: np.ndarray
+    chosen: Tensor | None
+    on_cache: str | None
 
 
 StepLogits = dict[int, tuple[list[int], Tensor]]
@@ -189,7 +256,8 @@ StepLogits = dict[int, tuple[list[int], Tensor]]
 class Gatherer:
     """Collects one batch's steps, then hands out each sample's arrays.
 
-    `reference` holds the unpruned run's logits, for signals that compare with it; `collected`, if given, is filled with
+    `reference` holds the unpruned run's logits and `uncached` those of the run without a cache, for signals that
+    compare with them; `collected`, if given, is filled with
     this run's own.
     """
 
@@ -200,9 +268,10 @@ class Gatherer:
         gen_length: int,
         *,
         reference: StepLogits | None = None,
+        uncached: StepLogits | None = None,
         collected: StepLogits | None = None,
     ) -> None:
-        self._reference = reference or {}
+        self._others = {"reference": reference or {}, "uncached": uncached or {}}
         self._collected = collected
         self.layers = layers
         self.gen_length = gen_length
@@ -233,17 +302,32 @@ class Gatherer:
                     self._rows.setdefault(record.name, {})[i] = torch.where(step.eligible, value.double(), torch.nan)
                     bad += (step.eligible & value.isinf()).sum(1)
         self._bad.append(bad)
-        self._steps.append(_Kept(step.clock, step.active, step.tokens, np.array(step.slots), step.committed))
+        every = np.arange(step.tokens.shape[1])
+        self._steps.append(
+            _Kept(
+                step.clock,
+                step.active,
+                step.tokens,
+                np.array(step.slots, np.int64),
+                np.zeros_like(step.tokens, bool) if step.written is None else step.written,
+                step.remasked,
+                every if step.numbers is None else step.numbers,
+                np.ones_like(step.tokens, bool) if step.computed is None else step.computed,
+                step.chosen,
+                step.on_cache,
+            )
+        )
 
     def _signal(self, call: Call, step: Step) -> Tensor | None:
         """`(batch, row)` of one signal; NaN in rows that a comparison has no counterpart for."""
         entry, params = call.entry, call.params(step.clock)
-        if "reference" not in entry.needs:
+        compared = next((n for n in entry.needs if n in self._others), None)
+        if compared is None:
             given = {"logits": step.logits, "confidence": step.confidence}
             return cast(Tensor, entry.function(*(given[n] for n in entry.needs), **params))
-        if step.clock.step not in self._reference:
+        if step.clock.step not in self._others[compared]:
             return None
-        slots, logits = self._reference[step.clock.step]
+        slots, logits = self._others[compared][step.clock.step]
         common = [s for s in step.slots if s in slots]
         if not common:
             return None
@@ -252,7 +336,7 @@ class Gatherer:
         given = {
             "logits": step.logits[:, here],
             "confidence": step.confidence[:, here],
-            "reference": logits[:, there],
+            compared: logits[:, there],
         }
         value = entry.function(*(given[n] for n in entry.needs), **params)
         rows = torch.full_like(step.confidence, torch.nan)
@@ -266,21 +350,36 @@ class Gatherer:
         """Arrays of what each step decided: token, confidence, commit_step, nominal_step, block, logit signals."""
         took_part = [i for i, step in enumerate(self._steps) if step.active[sample]]
         n, steps = len(took_part), self._steps
+        length = max((int(steps[i].numbers.max(initial=-1)) + 1 for i in took_part), default=self.gen_length)
+        token = np.full((n, length), -1, np.int32)
+        place, computed = np.full((n, length), -1, np.int32), np.zeros((n, length), np.uint8)
+        for at, i in enumerate(took_part):
+            numbers = steps[i].numbers
+            token[at, numbers] = steps[i].tokens[sample]
+            place[at, numbers] = np.arange(len(numbers))
+            chosen = steps[i].chosen
+            computed[at, numbers] = steps[i].computed[sample] if chosen is None else chosen[sample].cpu().numpy()
         out: dict[str, np.ndarray] = {
-            "token": np.array([steps[i].tokens[sample] for i in took_part], np.int32).reshape(n, self.gen_length),
+            "token": token,
+            "slot_place": place,
+            "recomputed": computed,
             "nominal_step": np.array([steps[i].clock.step for i in took_part], np.int32),
             "block": np.array([steps[i].clock.block for i in took_part], np.int32),
             "nonfinite": self._bad_slots(sample, took_part),
+            "removal_on_cache": np.array([_ON_CACHE[steps[i].on_cache or "none"] for i in took_part], np.uint8),
+            "phase_of_pass": np.array([_PASSES[steps[i].clock.phase.value] for i in took_part], np.uint8),
         }
         for name, rows in self._rows.items():
-            out[name] = np.full((n, self.gen_length), np.nan, np.float32)
-            for place, i in enumerate(took_part):
+            out[name] = np.full((n, length), np.nan, np.float32)
+            for at, i in enumerate(took_part):
                 if i in rows:
-                    self._place(out[name][place], steps[i].slots, rows[i][sample].float().cpu().numpy())
-        commit_step = np.full(self.gen_length, -1, np.int32)
-        for place, i in enumerate(took_part):
-            slots = steps[i].slots[steps[i].committed[sample].cpu().numpy()]
-            commit_step[slots[slots >= 0]] = place
+                    self._place(out[name][at], steps[i].slots, rows[i][sample].float().cpu().numpy())
+        commit_step = np.full(length, -1, np.int32)
+        for at, i in enumerate(took_part):
+            commit_step[steps[i].numbers[steps[i].written[sample]]] = at
+            remasked = steps[i].remasked
+            if remasked is not None:
+                commit_step[self._answer(steps[i].slots, remasked[sample])] = -1
         out["commit_step"] = commit_step
         return out
 
@@ -289,6 +388,11 @@ class Gatherer:
         if not took_part:
             return np.zeros(0, np.int32)
         return torch.stack(self._bad)[list(took_part), sample].int().cpu().numpy()
+
+    @staticmethod
+    def _answer(slots: np.ndarray, chosen: Tensor) -> np.ndarray:
+        found = slots[chosen.cpu().numpy()]
+        return found[found >= 0]
 
     @staticmethod
     def _place(target: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:

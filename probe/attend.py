@@ -21,8 +21,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-Form = Literal["softmax", "head_mean_logits"]
-"""`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax."""
+Form = Literal["softmax", "head_mean_logits", "full_width"]
+"""`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax.
+`full_width`: as if there were one head over the full width, `softmax(q k^T / sqrt(heads * size))`."""
 
 CHUNK = 64
 """Rows per chunk. Bounds the extra memory of a request by heads x CHUNK x keys, however many rows it asks for."""
@@ -43,13 +44,43 @@ class RowRequest:
     receive: Callable[[Tensor, int], None]
 
 
+@dataclass(frozen=True)
+class Reweighting:
+    """Numbers added to the logits of some query rows: `rows (batch, query)` int64, `bias (batch, key)` float32.
+
+    `log f` on a key multiplies the attention that it receives by f, before rows are normalised. Only these rows are
+    computed a second time, so the cost is O(rows x keys).
+    """
+
+    rows: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class _Asked:
+    requests: tuple[RowRequest, ...]
+    timed: Callable[[], AbstractContextManager[None]]
+    keys: Callable[[Tensor], None] | None
+    queries: Callable[[Tensor], None] | None
+    reweighting: tuple[Reweighting, ...]
+
+
 def ask(
     attention: nn.Module,
     requests: Sequence[RowRequest],
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
+    *,
+    keys: Callable[[Tensor], None] | None = None,
+    queries: Callable[[Tensor], None] | None = None,
+    reweighting: Sequence[Reweighting] = (),
 ) -> None:
-    """Have an attention module answer `requests` in every forward until `forget`, inside `timed()`."""
-    attention.__dict__[_SLOT] = (tuple(requests), timed)
+    """Have an attention module answer `requests` in every forward until `forget`, inside `timed()`.
+
+    `keys` is handed the keys `(batch, kv head, key, size)` that the layer attends to, after rotary, `queries` the
+    queries `(batch, head, row, size)` of the rows that it computes; `reweighting` changes what some of its rows attend
+    to.
+    """
+    attention.__dict__[_SLOT] = _Asked(tuple(requests), timed, keys, queries, tuple(reweighting))
 
 
 def forget(attention: nn.Module) -> None:
@@ -57,43 +88,135 @@ def forget(attention: nn.Module) -> None:
     attention.__dict__.pop(_SLOT, None)
 
 
-def attention_rows(query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None, scaling: float, form: Form) -> Tensor:
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    form: Form,
+    *,
+    mask_is_of_rows: bool = False,
+) -> Tensor:
     """Softmax weights of some query rows over all keys, in float32.
 
     `query (batch, head, length, size)`, `key (batch, kv head, key, size)` (grouped heads allowed),
     `rows (batch, row)`, `mask` None, boolean (True: may attend) or additive, broadcastable to
-    `(batch, head, length, key)`. Returns `(batch, head or 1, row, key)`.
+    `(batch, head, length, key)`, or with `mask_is_of_rows` to `(batch, head, row, key)`.
+    Returns `(batch, head or 1, row, key)`.
     """
     batch, heads, _, size = query.shape
     wanted = query.gather(2, rows[:, None, :, None].expand(batch, heads, rows.shape[1], size))
     wanted = rearrange(wanted, "b (kv group) row size -> b kv group row size", kv=key.shape[1])
-    if form == "head_mean_logits":
-        # mean_h q_h . k_h is one product over the concatenated heads; the group's queries add up first
+    if form != "softmax":
+        # sum_h q_h . k_h is one product over the concatenated heads; the group's queries add up first
         q = rearrange(wanted.sum(2), "b kv row size -> b row (kv size)")
-        logits = (q @ rearrange(key, "b kv key size -> b (kv size) key"))[:, None] * (scaling / heads)
+        scaling /= heads if form == "head_mean_logits" else heads**0.5
+        logits = (q @ rearrange(key, "b kv key size -> b (kv size) key"))[:, None] * scaling
     else:
         logits = rearrange(wanted, "b kv group row size -> b kv (group row) size") @ key.transpose(2, 3) * scaling
         logits = rearrange(logits, "b kv (group row) key -> b (kv group) row key", row=rows.shape[1])
     logits = logits.float()
     if mask is not None:
-        if mask.shape[2] > 1:
+        if mask.shape[1] > logits.shape[1]:  # heads that differ in what they see, in a form that has none
+            mask = mask.any(1, keepdim=True) if mask.dtype == torch.bool else mask.amax(1, keepdim=True)
+        if mask.shape[2] > 1 and not mask_is_of_rows:
             mask = mask.expand(batch, *mask.shape[1:])
             mask = mask.gather(2, rows[:, None, :, None].expand(batch, mask.shape[1], rows.shape[1], mask.shape[3]))
         if mask.dtype == torch.bool:
             logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
         else:
-            logits = logits + mask
+            logits = logits + mask.float()
     return logits.softmax(-1)
 
 
-def _answer_requests(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    requests, timed = module.__dict__[_SLOT]
-    with timed():
-        for request in requests:
+def answer_beside(attention: nn.Module, queries: Callable[[Tensor], Tensor], key: Tensor, mask: Tensor | None) -> int:
+    """Answer and drop the module's requests without its forward; returns how many rows of queries that took.
+
+    `queries(rows)` gives `(batch, head, row, size)` of rows `(batch, row)`, after rotary; `key` as it is attended to.
+    """
+    asked: _Asked | None = attention.__dict__.pop(_SLOT, None)
+    if asked is None:
+        return 0
+    n = 0
+    with asked.timed():
+        if asked.keys is not None:
+            asked.keys(key)
+        for request in asked.requests:
             for first in range(0, request.rows.shape[1], CHUNK):
                 rows = request.rows[:, first : first + CHUNK]
-                request.receive(attention_rows(query, key, rows, mask, scale, request.form), first)
+                query = queries(rows)
+                scale = getattr(attention, "scaling", query.shape[-1] ** -0.5)
+                seen = mask
+                if mask is not None and mask.shape[2] > 1:
+                    full = mask.expand(rows.shape[0], *mask.shape[1:])
+                    seen = full.gather(2, rows[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3]))
+                at = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+                weights = attention_rows(query, key, at, seen, scale, request.form, mask_is_of_rows=True)
+                request.receive(weights, first)
+                n += rows.shape[1]
+    return n
+
+
+def _answer_requests(
+    asked: _Asked, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
+) -> None:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with asked.timed():
+        if asked.keys is not None:
+            asked.keys(key)
+        if asked.queries is not None:
+            asked.queries(query)
+        for request in asked.requests:
+            for first in range(0, request.rows.shape[1], CHUNK):
+                rows = request.rows[:, first : first + CHUNK]
+                again = bool(asked.reweighting)
+                seen = _with_bias(mask, rows, asked.reweighting) if again else mask
+                weights = attention_rows(query, key, rows, seen, scale, request.form, mask_is_of_rows=again)
+                request.receive(weights, first)
+
+
+def _with_bias(mask: Tensor | None, rows: Tensor, reweighting: Sequence[Reweighting]) -> Tensor:
+    """The mask of a chunk of rows `(batch, 1 or head, row, key)` as numbers to be added, reweighting included."""
+    total: Tensor | float = 0.0
+    for one in reweighting:
+        hit = (rows[:, :, None] == one.rows[:, None]).any(-1)
+        total = total + hit[:, None, :, None] * one.bias[:, None, None]
+    assert isinstance(total, Tensor)
+    if mask is None:
+        return total
+    if mask.shape[2] > 1:
+        mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    added = torch.zeros_like(mask, dtype=total.dtype).masked_fill(~mask, _LOWEST) if mask.dtype == torch.bool else mask
+    return total + added
+
+
+_LOWEST = torch.finfo(torch.float32).min / 2
+
+
+def _reweight(
+    again: Callable[[Tensor, Tensor], Tensor], output: Tensor, query: Tensor, mask: Tensor | None, asked: _Asked
+) -> Tensor:
+    """The attention output `(batch, query, head, size)` with the reweighted rows computed anew, chunk by chunk.
+
+    `again(query, mask)` is the kernel over the same keys and values.
+    """
+    for rows in (chunk for one in asked.reweighting for chunk in one.rows.split(CHUNK, 1)):
+        chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        fresh = again(chosen, _with_bias(mask, rows, asked.reweighting).to(query.dtype))
+        output = output.scatter(1, rows[:, :, None, None].expand_as(fresh), fresh)
+    return output
+
+
+def written_out(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask, and where there is none but the module is causal, the one that kernels take for granted then.
+
+    `(batch, 1, length, key)` bool, a view of one square: a row sees no key behind its own place.
+    """
+    if mask is not None or query.shape[2] == 1 or not getattr(module, "is_causal", False):
+        return mask
+    square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return square.expand(query.shape[0], 1, *square.shape)
 
 
 def eager_attention(
@@ -110,6 +233,7 @@ def eager_attention(
 
     Shapes as in transformers: `query (batch, head, length, size)`; returns `(batch, length, head, size)` and the map.
     """
+    attention_mask = written_out(module, query, key, attention_mask)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     logits = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -133,9 +257,20 @@ def _beside(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[...
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if _SLOT in module.__dict__:
-            _answer_requests(module, query, key, attention_mask, scaling)
-        return kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if attention_mask is not None and attention_mask.numel() == 1 == query.shape[2]:
+            attention_mask = None  # one value for all keys hides none of them, and kernels are faster without a mask
+        asked: _Asked | None = module.__dict__.get(_SLOT)
+        seen = attention_mask if asked is None else written_out(module, query, key, attention_mask)
+        if asked is not None:
+            _answer_requests(asked, module, query, key, seen, scaling)
+        output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if asked is not None and asked.reweighting:
+
+            def again(rows: Tensor, mask: Tensor) -> Tensor:
+                return kernel(module, rows, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
+
+            output = _reweight(again, output, query, seen, asked)
+        return output, weights
 
     return attend
 

@@ -27,6 +27,7 @@ from probe.recipe_at import as_share
 from probe.recipe_words import Wrong
 from probe.recipe_yaml import read_yaml
 from probe.trace import Trace, open_trace
+from probe.trace_summary import unpruned_tokens
 
 EQUAL_BUDGET = 0.01
 """Runs whose retention differs by more than this share of the visual tokens do not have the same budget."""
@@ -283,7 +284,7 @@ class _Held:
         retention, end, first = [], [], []
         for row in rows:
             kept, counts = (_array(trace, name, row) for name in ("visual_kept", "visual_tokens"))
-            n_visual = trace.extents(row).get("visual", 0)
+            n_visual = unpruned_tokens(trace, row)
             alive = _share_alive(kept, counts, n_visual)
             retention.append(float(alive.mean()) if alive.size else NAN)
             end.append(float(alive[-1].mean()) if alive.size else NAN)

@@ -8,12 +8,15 @@ probes fire.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from probe.compile_call import Call, bind, layer_error
+from probe.compile_call import Call, bind
+from probe.compile_encoder import check_looking, check_parts, check_site
+from probe.compile_fit import check_choice, check_layers, check_scores
+from probe.compile_inputs import check_inputs, check_recorded
 from probe.errors import ProbeError
 from probe.recipe import Part, ProbeSpec, Recipe
 from probe.recipe_at import Layers, Steps
+from probe.recipe_when import Condition
 from probe.recipe_words import Wrong
 from probe.recipe_yaml import KeyPath
 from probe.registry import Entry, Registry, nearest
@@ -41,7 +44,11 @@ class Record:
 
 @dataclass(frozen=True)
 class BoundProbe:
-    """One probe of a recipe at one layer of a model. `place` is where the recipe says so: `file:line:column`."""
+    """One probe of a recipe at one layer of a model. `place` is where the recipe says so: `file:line:column`.
+
+    At sites of the image encoder `layer` is one of the encoder's, `views` says which views the probe sees, and `group`
+    whether each view or each whole picture is decided on its own.
+    """
 
     name: str
     site: Site
@@ -51,10 +58,17 @@ class BoundProbe:
     steps: Steps
     place: str
     line: int | None
+    when: tuple[Condition, ...] = ()
+    views: str = "all"
+    group: str = "view"
 
     def fires(self, clock: Clock) -> bool:
         """Whether the probe acts in a pass of this step."""
         return self.steps.fires(clock)
+
+    def fires_for(self, clock: Clock, sample: int) -> bool:
+        """Whether it acts on this sample of the batch, in a pass in which it fires (but for `when`)."""
+        return self.steps.fires_for(clock, sample)
 
 
 @dataclass(frozen=True)
@@ -67,11 +81,18 @@ class ProbeTable:
     )
 
     def at(self, clock: Clock) -> tuple[BoundProbe, ...]:
-        """The probes that fire at the clock's step, in the recipe's order."""
+        """The probes that fire in the language model at the clock's step, in the recipe's order."""
+        if any(p.steps.of != "steps" or p.steps.exactly == ("prefill",) for p in self.probes):
+            return tuple(p for p in self.probes if not p.site.in_encoder and p.fires(clock))
         key = (clock.step, clock.nominal_steps)
         if key not in self._by_step:
-            self._by_step[key] = tuple(p for p in self.probes if p.fires(clock))
+            self._by_step[key] = tuple(p for p in self.probes if not p.site.in_encoder and p.fires(clock))
         return self._by_step[key]
+
+    @property
+    def encoder(self) -> tuple[BoundProbe, ...]:
+        """The probes that act while pictures are encoded, once per sample, in the recipe's order."""
+        return tuple(p for p in self.probes if p.site.in_encoder)
 
     @property
     def edits(self) -> tuple[BoundProbe, ...]:
@@ -126,6 +147,11 @@ class _Compiler:
         return self.recipe.fault(self.path + path, words)
 
     def probes(self) -> list[BoundProbe]:
+        if self.site.in_encoder:
+            try:
+                check_site(self.site, self.spec.at.steps, bool(self.spec.at.when), self.facts)
+            except Wrong as error:
+                raise self.fail(str(error), *error.path) from None
         layers = self.layers()
         edits: list[Edit | None] = [None] * len(layers)
         records: list[tuple[Record, ...]] = [()] * len(layers)
@@ -136,7 +162,18 @@ class _Compiler:
             edits = list(self.edits(layers))
         at = (self.recipe.place(self.path), self.recipe.line(self.path))
         return [
-            BoundProbe(self.spec.name, self.site, layer, edit, record, self.spec.at.steps, *at)
+            BoundProbe(
+                self.spec.name,
+                self.site,
+                layer,
+                edit,
+                record,
+                self.spec.at.steps,
+                *at,
+                when=self.spec.at.when,
+                views=self.spec.at.views,
+                group=self.spec.at.group,
+            )
             for layer, edit, record in zip(layers, edits, records, strict=True)
         ]
 
@@ -145,8 +182,11 @@ class _Compiler:
         if where is None:
             return (None,)
         key = "layer" if self.spec.at.layer is not None else "layers"
+        have, owner = self.facts.layers, self.facts.name
+        if self.site.in_encoder:
+            have, owner = self.facts.encoder_layers, f"the encoder of {owner}"
         try:
-            return where.resolve(self.facts.layers, self.facts.name)
+            return where.resolve(have, owner)
         except Wrong as error:
             inside = error.path if key == "layers" else ()
             raise self.fail(str(error), "at", key, *inside) from None
@@ -164,7 +204,8 @@ class _Compiler:
         params = {k: v for k, v in part.params.items() if k != "as" or entry.kind != "signal"}
         inside = (*path, part.name)
         try:
-            return [bind(entry, params, i, layers, varies=varies) for i in range(layers)]
+            inside_of = {"score": self.words.scores, "selection": self.words.selections}
+            return [bind(entry, params, i, layers, varies=varies, words=inside_of) for i in range(layers)]
         except Wrong as error:
             words = str(error)
             raise self.recipe.fault(
@@ -184,6 +225,15 @@ class _Compiler:
                 where = " or ".join(f"`{s}`" for s in sites)
                 raise self.fail(f"`{part.name}` is recorded at {where}, not at `{self.site}`", "record", j)
             (call,) = self.call(entry, part, 1, "record", j, varies=False)
+            try:
+                check_recorded(entry, self.site)
+            except Wrong as error:
+                raise self.fail(str(error), "record", j) from None
+            if self.site is Site.ENCODER_LAYER_ATTENTION:
+                try:
+                    check_looking(0, self.facts, call.variants[0], attends=True)
+                except Wrong as error:
+                    raise self.fail(str(error), "record", j, part.name) from None
             found.append(Record(call, part.variable))
         return tuple(found)
 
@@ -191,11 +241,15 @@ class _Compiler:
 
     def edits(self, layers: tuple[int | None, ...]) -> list[Edit]:
         spec, n = self.spec, len(layers)
-        if self.site not in EDIT_SITES:
-            allowed = ", ".join(f"`{s}`" for s in EDIT_SITES)
-            raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
         assert spec.do is not None
         operation = self.entry(self.words.operations, spec.do, "do")
+        sites = operation.meta.get("sites")
+        if sites is None and self.site not in EDIT_SITES:
+            allowed = ", ".join(f"`{s}`" for s in EDIT_SITES if s.in_encoder == self.site.in_encoder)
+            raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
+        if sites is not None and self.site not in sites:
+            allowed = " or ".join(f"`{s}`" for s in sites)
+            raise self.fail(f"`{spec.do.name}` acts at {allowed}, not at `{self.site}`", "do")
         selected = spec.select
         if selected is None:
             default = operation.meta.get("default_select")
@@ -210,41 +264,18 @@ class _Compiler:
         if spec.score is not None and score is not None:
             scores = list(self.call(score, spec.score, n, "score"))
         for layer, given, select, do in zip(layers, scores, selects, dos, strict=True):
-            self.check_score(select.entry, given)
+            try:
+                check_inputs((given, "score"), (select, "select"), (do, "do"))
+                check_scores(given, select, do)
+                check_choice(select, do)
+                if self.site.in_encoder:
+                    check_parts(layer, self.facts, given, select, do, spec.do.params, spec.at.group)
+                else:
+                    check_layers(self.site, layer, given, select, do)
+            except Wrong as error:
+                raise self.fail(str(error), *error.path) from None
             self.check_duration(do)
-            if given is not None:
-                self.check_attention(layer, given)
         return [Edit(a, b, c) for a, b, c in zip(scores, selects, dos, strict=True)]
-
-    def check_score(self, selection: Entry, score: Call | None) -> None:
-        """A selection that reads one number per token, or one per pair of tokens, must get just that."""
-        wanted = {"score": "per_token", "similarity": "pairwise"}
-        kinds = [kind for name, kind in wanted.items() if name in selection.needs]
-        pairs = "one number per pair of tokens (such as `similarity`)"
-        single = "one number per token (such as `attention`)"
-        if not kinds and score is not None:
-            raise self.fail(f"the selection `{selection.name}` looks at no score; remove `score`", "score")
-        if not kinds:
-            return
-        need = pairs if kinds == ["pairwise"] else single
-        if score is None:
-            raise self.fail(f"the selection `{selection.name}` needs a `score` with {need}", "select")
-        for kind in {_kind(score.entry, params) for params in score.variants}:
-            if kind not in kinds:
-                gives = (pairs if kind == "pairwise" else single).split(" (")[0]
-                raise self.fail(
-                    f"the selection `{selection.name}` needs {need}, but `{score.entry.name}` gives {gives} here",
-                    "score",
-                )
-
-    def check_attention(self, layer: int | None, score: Call) -> None:
-        if not {"attention", "received"} & set(score.entry.needs):
-            return
-        for params in score.variants:
-            relative = params.get("layer", 0)
-            if isinstance(relative, int) and (words := layer_error(self.site, layer, relative)):
-                path = ("layer",) if "layer" in (self.spec.score.params if self.spec.score else {}) else ()
-                raise self.fail(words, "score", score.entry.name, *path)
 
     def check_duration(self, do: Call) -> None:
         if self.site is Site.FINAL and any(p.get("lasts", "generation") == "forward" for p in do.variants):
@@ -252,8 +283,3 @@ class _Compiler:
                 "at `final` the step is over, so it can only change the next ones: set `lasts: generation`",
                 *("do", do.entry.name, "lasts"),
             )
-
-
-def _kind(entry: Entry, params: dict[str, Any]) -> str:
-    kind = entry.meta.get("kind", "per_token")
-    return str(kind(params) if callable(kind) else kind)

@@ -1,7 +1,8 @@
 """A registered function with a recipe's parameters: validated once, cheap to ask at every step.
 
 Where a parameter takes one value, a recipe may also write a list (one value per layer of the probe) or a schedule
-(a mapping of shares of the steps to values, each from that share on).
+(a mapping of shares of the steps to values, each from that share on). Where it takes a part of the vocabulary, that
+part is validated like any other, and its faults keep their place.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import collections.abc
 import json
 import types
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from probe.recipe_at import as_share
+from probe.recipe_parts import Part
 from probe.recipe_words import Wrong, describe, first_fault, names_of
-from probe.registry import Entry, nearest
+from probe.registry import Entry, Registry, Slot, nearest
 from probe.site import Clock, Site, first_step
+
+Words = Mapping[str, Registry]
+"""The registries that nested parts are looked up in, by kind."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,18 @@ class Call:
     entry: Entry
     segments: tuple[tuple[float, dict[str, Any]], ...]
     """From which share of the steps on which parameters hold; the first share is 0."""
+    nested: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
+    """The parts that stand inside this one, by parameter."""
+    score: Call | None = None
+    """Of a selection inside a combination: the score of its own, which it has besides the probe's."""
+    written: frozenset[str] = frozenset()
+    """The parameters that the recipe names; the others are at their defaults."""
+
+    def walk(self) -> Iterator[Call]:
+        """This call and all calls inside it."""
+        yield self
+        for inner in (*(c for calls in self.nested.values() for c in calls), *([self.score] if self.score else [])):
+            yield from inner.walk()
 
     def params(self, clock: Clock) -> dict[str, Any]:
         """The validated keyword arguments at this clock. The same mapping every time: do not change it."""
@@ -46,26 +64,73 @@ class Call:
         return tuple(params for _, params in self.segments)
 
 
-def bind(entry: Entry, params: dict[str, Any], index: int, layers: int, *, varies: bool = True) -> Call:
+def bind(
+    entry: Entry,
+    params: dict[str, Any],
+    index: int,
+    layers: int,
+    *,
+    varies: bool = True,
+    words: Words | None = None,
+    inner: bool = False,
+) -> Call:
     """The call for the `index`-th of a probe's `layers` layers. Faults raise `Wrong`, their path below the part's name.
 
-    With `varies=False` lists and schedules have no special meaning.
+    With `varies=False` lists and schedules have no special meaning. `words` are the registries of nested parts; a
+    selection that stands inside another part (`inner`) may have a `score` of its own.
     """
-    known = names_of(entry.params)
+    known = [*names_of(entry.params), *entry.slots]
+    own_score = inner and entry.kind == "selection" and "score" not in known
     for name in params:
-        if name not in known:
+        if name not in known and not (own_score and name == "score"):
             hint = nearest(name, known) if known else f"`{entry.name}` has no parameters"
+            if name in entry.needs:
+                hint = "it is one of the function's inputs; what a recipe sets stands behind a `*`"
             raise Wrong(f"unknown parameter `{name}` of the {entry.kind} `{entry.name}`; {hint}", name)
+    if (either := entry.meta.get("one_of", ())) and sum(params.get(name) is not None for name in either) != 1:
+        raise Wrong(f"needs one of {' and '.join(f'`{name}`' for name in either)}")
+    nested, score = {}, None
+    for name, slot in entry.slots.items():
+        if name in params:
+            nested[name] = _parts(slot, params[name], index, layers, words or {}, name)
+        elif slot.required:
+            raise Wrong(f"needs the parameter `{name}`", name)
+    if own_score and "score" in params:
+        score = _parts(Slot("score", False, True), params["score"], index, layers, words or {}, "score")[0]
+    plain = {k: v for k, v in params.items() if k in names_of(entry.params)}
     timelines = {
         name: _timeline(entry, name, value, index, layers) if varies else [(0.0, value, (name,))]
-        for name, value in params.items()
+        for name, value in plain.items()
     }
     shares = sorted({0.0, *(share for line in timelines.values() for share, _, _ in line)})
     segments = []
     for share in shares:
         now = {name: [step for step in line if step[0] <= share][-1] for name, line in timelines.items()}
         segments.append((share, _validate(entry, now)))
-    return Call(entry, tuple(segments))
+    return Call(entry, tuple(segments), nested, score, frozenset(params))
+
+
+def _parts(slot: Slot, value: Any, index: int, layers: int, words: Words, *path: str | int) -> tuple[Call, ...]:
+    """The calls of the parts that stand at `path` of another part's parameters."""
+    if slot.many and not (isinstance(value, list) and value):
+        raise Wrong(f"should be a list of {slot.kind}s, at least one, but is {describe(value)}", *path)
+    items = [(v, (*path, i)) for i, v in enumerate(value)] if slot.many else [(value, path)]
+    calls = []
+    for item, place in items:
+        try:
+            part = Part.model_validate(item)
+        except ValidationError as error:
+            inside, sentence = first_fault(error, item)
+            raise Wrong(sentence, *place, *inside) from None
+        registry = words.get(slot.kind)
+        if registry is None or part.name not in registry:
+            hint = nearest(part.name, registry.names()) if registry is not None else "none is registered"
+            raise Wrong(f"there is no {slot.kind} `{part.name}`; {hint}", *place)
+        try:
+            calls.append(bind(registry[part.name], part.params, index, layers, words=words, inner=True))
+        except Wrong as error:
+            raise Wrong(str(error), *place, part.name, *error.path) from None
+    return tuple(calls)
 
 
 _Timeline = list[tuple[float, Any, tuple[str | int, ...]]]
@@ -81,7 +146,8 @@ def _validate(entry: Entry, values: dict[str, tuple[float, Any, tuple[str | int,
         path, words = first_fault(error, data)
         if words == "is missing":
             raise Wrong(f"needs the parameter `{path[0]}`", *path) from None
-        place = values[str(path[0])][2] + path[1:] if path else ()
+        first = str(path[0]) if path else ""
+        place = values[first][2] + path[1:] if first in values else path
         raise Wrong(words, *place) from None
     return {name: getattr(model, name) for name in type(model).model_fields}
 
@@ -89,7 +155,7 @@ def _validate(entry: Entry, values: dict[str, tuple[float, Any, tuple[str | int,
 def _timeline(entry: Entry, name: str, value: Any, index: int, layers: int, *path: str | int) -> _Timeline:
     """A parameter's value over the steps, for one layer of the probe."""
     here = (name, *path)
-    if isinstance(value, list) and not _takes_list(entry.params.model_fields[name].annotation):
+    if isinstance(value, list) and not _takes_list(_field(entry.params, name)):
         if len(value) != layers:
             raise Wrong(
                 f"a list gives one value per layer, but it has {len(value)} values and the probe {_count(layers)}",
@@ -118,6 +184,11 @@ def _timeline(entry: Entry, name: str, value: Any, index: int, layers: int, *pat
             raise Wrong(f"a schedule cannot stand inside a schedule ({describe(item)})", *here, key)
         line.append((share, *inner[0][1:]))
     return line
+
+
+def _field(model: type[BaseModel], name: str) -> Any:
+    """The annotation of the field that a recipe calls `name`."""
+    return next(f.annotation for n, f in model.model_fields.items() if name in (n, f.alias))
 
 
 def _is_share(key: str) -> bool:

@@ -21,6 +21,10 @@ class DecoderDims:
     layers: int
     vocabulary: int
 
+    def at(self, layer: int) -> DecoderDims:
+        """The sizes of one layer; decoders whose layers differ say so."""
+        return self
+
     def attention(self, rows: int, keys: int) -> int:
         """One layer's attention block: q, k, v and output projections of `rows`, two products against `keys`."""
         projections = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
@@ -30,18 +34,26 @@ class DecoderDims:
         """One layer's gated MLP."""
         return 6 * rows * self.width * self.mlp
 
+    def condition(self, rows: int, *, told: bool) -> int:
+        """Preparing `rows` that show noise (`Backbone.condition`), with logits of an earlier pass if `told`."""
+        return 0
+
     def head(self, rows: int) -> int:
         """The vocabulary projection of `rows`."""
         return 2 * rows * self.width * self.vocabulary
 
     def scored_rows(self, rows: int, keys: int, form: str) -> int:
         """Extra attention rows beside the kernel: one product per head (grouped heads add up first when averaged)."""
-        heads = self.kv_heads if form == "head_mean_logits" else self.heads
+        heads = self.heads if form == "softmax" else self.kv_heads
         return 2 * rows * keys * heads * self.head_size
+
+    def reweighted(self, rows: int, keys: int) -> int:
+        """Attention rows computed a second time because what they attend to is reweighted."""
+        return 4 * rows * keys * self.heads * self.head_size
 
     def averaged_rows(self, rows: int, keys: int, form: str) -> int:
         """Averaging those rows: one product with the rows' weights per head."""
-        return 2 * rows * keys * (1 if form == "head_mean_logits" else self.heads)
+        return 2 * rows * keys * (self.heads if form == "softmax" else 1)
 
 
 def decoder_dims(config: Any, vocabulary: int) -> DecoderDims:
@@ -60,7 +72,11 @@ def decoder_dims(config: Any, vocabulary: int) -> DecoderDims:
 
 @dataclass(frozen=True)
 class EncoderDims:
-    """Sizes of a ViT encoder with an MLP projector."""
+    """Sizes of a ViT encoder with an MLP projector.
+
+    `lead` rows before a view's patches (a class token) are no patches; the projector takes `inner` numbers of each
+    (0: the encoder's width).
+    """
 
     patches: int
     patch: int
@@ -68,14 +84,31 @@ class EncoderDims:
     mlp: int
     layers: int
     out_width: int
+    heads: int = 1
+    lead: int = 0
+    inner: int = 0
 
     def encode(self, views: int) -> int:
         """All views through patch embedding, layers and projector."""
-        n = self.patches
-        embed = 2 * n * 3 * self.patch**2 * self.width
-        layer = 2 * n * 4 * self.width**2 + 4 * n * n * self.width + 4 * n * self.width * self.mlp
-        projector = 2 * n * (self.width * self.out_width + self.out_width**2)
-        return views * (embed + self.layers * layer + projector)
+        n, rows = self.patches, self.lead + self.patches
+        return self.embed(views) + self.layers * self.layer(views, rows, rows) + self.project(views * n)
+
+    def embed(self, views: int) -> int:
+        """Patch embedding."""
+        return 2 * views * self.patches * 3 * self.patch**2 * self.width
+
+    def layer(self, views: int, rows: int, mlp_rows: int) -> int:
+        """One layer: `rows` of every view attend to each other, `mlp_rows` of them go through the MLP."""
+        attention = 2 * rows * 4 * self.width**2 + 4 * rows * rows * self.width
+        return views * (attention + 4 * mlp_rows * self.width * self.mlp)
+
+    def project(self, rows: int) -> int:
+        """The projector on `rows` patches in all."""
+        return 2 * rows * ((self.inner or self.width) * self.out_width + self.out_width**2)
+
+    def looked_rows(self, rows: int, keys: int, form: str) -> int:
+        """Attention rows of one view beside the kernel, and averaging them."""
+        return 2 * rows * keys * self.width + 2 * rows * keys * (self.heads if form == "softmax" else 1)
 
 
 def encoder_dims(config: Any, out_width: int) -> EncoderDims:
@@ -87,6 +120,7 @@ def encoder_dims(config: Any, out_width: int) -> EncoderDims:
         mlp=config.intermediate_size,
         layers=config.num_hidden_layers,
         out_width=out_width,
+        heads=config.num_attention_heads,
     )
 
 

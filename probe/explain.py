@@ -8,12 +8,19 @@ from itertools import groupby
 from typing import Any
 
 from probe.compile import BoundProbe, Call, Vocabulary, compile_recipe
+from probe.explain_encoder import ONCE, lasting, looks_at, patches_left
 from probe.recipe import Recipe
 from probe.recipe_at import Span, Steps
 from probe.site import ModelFacts, Site, first_step
 
 _SITES = {
+    Site.IMAGES: "the sample's pictures, before they are cut into views",
+    Site.ENCODER_LAYER_ATTENTION: "inside the image encoder: the attention of {layers}",
+    Site.ENCODER_LAYER_AFTER_ATTENTION: "inside the image encoder: between attention and MLP of {layers}",
+    Site.ENCODER_OUTPUT: "patch features as they leave the image encoder, before the projector",
+    Site.PROJECTOR_OUTPUT: "projected patch features, before tiles are joined",
     Site.BEFORE_LM: "the assembled sequence, before layer 0",
+    Site.PREFIX_CACHE: "the stored keys and values, before a pass reads them; it looks at those of {layers}",
     Site.LAYER_INPUT: "the input of {layers}",
     Site.LAYER_ATTENTION: "the attention of {layers}",
     Site.LAYER_AFTER_ATTENTION: "between attention and MLP of {layers}",
@@ -21,6 +28,9 @@ _SITES = {
     Site.FINAL: "after the final norm",
     Site.LOGITS: "the logits of the answer slots",
 }
+
+_LEFT_OUT = {False: ("lasts",), True: ("lasts", "positions")}
+"""Options of an operation that are said in words of their own, or mean nothing in the image encoder."""
 
 WIDTH = 79
 """Columns of the text: a plain terminal's."""
@@ -67,10 +77,18 @@ def explain(
 def _probe(
     number: int, probes: list[BoundProbe], facts: ModelFacts, nominal: int | None, n_visual: int | None
 ) -> list[str]:
-    first = probes[0]
-    count = facts.layers
-    layers = _layers([p.layer for p in probes if p.layer is not None], count)
-    rows = [("where", _SITES[first.site].format(layers=layers)), ("when", _steps(first.steps, nominal))]
+    first, inside = probes[0], probes[0].site.in_encoder
+    layers = _layers([p.layer for p in probes if p.layer is not None], facts.encoder_layers if inside else facts.layers)
+    rows = [
+        ("where", _SITES[first.site].format(layers=layers)),
+        ("when", ONCE if inside else _steps(first.steps, nominal)),
+    ]
+    if inside:
+        rows += [("sees", looks_at(first))] if first.site is not Site.IMAGES else []
+        n_visual = None
+    if first.when:
+        conditions = " and ".join(condition.in_words() for condition in first.when)
+        rows.append(("only", f"for a sample from the pass on before which {conditions}"))
     if first.edit is None:
         for record in first.records:
             entry = record.signal.entry
@@ -79,14 +97,28 @@ def _probe(
             rows.append(("records", f"{record.name}{renamed}: {about}{_options(record.signal)}"))
     else:
         edits = [(p.layer, p.edit) for p in probes if p.edit is not None]
+        if first.site is Site.IMAGES:
+            rows.append(("does", _each([(at, e.do) for at, e in edits], nominal)))
+            return _titled(number, probes, rows)
         score = first.edit.score
         if score is not None:
             rows.append(("scores", _each([(at, e.score) for at, e in edits if e.score is not None], nominal)))
-        rows.append(("keeps", _kept([(at, e.select) for at, e in edits], nominal, n_visual)))
-        rows.append(("does", _each([(at, e.do) for at, e in edits], nominal, leave_out=("lasts",))))
+        kept = _kept([(at, e.select) for at, e in edits], nominal, n_visual)
+        whose = "each view's patches" if first.group == "view" else "each picture's patches"
+        rows.append(("keeps", kept.replace("the sample's original visual tokens", whose) if inside else kept))
+        rows.append(("does", _each([(at, e.do) for at, e in edits], nominal, leave_out=_LEFT_OUT[inside])))
         lasts = {str(p["lasts"]): None for _, e in edits for p in e.do.variants if "lasts" in p}
-        if lasts:
+        if inside:
+            rows += [("leaves", left)] if (left := patches_left(probes, facts)) else []
+            rows.append(("lasts", lasting(first)))
+        elif lasts:
             rows.append(("lasts", "; or ".join(_LASTS.get(word, word) for word in lasts)))
+    return _titled(number, probes, rows)
+
+
+def _titled(number: int, probes: list[BoundProbe], rows: list[tuple[str, str]]) -> list[str]:
+    """A probe's rows under its name."""
+    first = probes[0]
     verb = "intervenes" if first.edit is not None else "records"
     title = textwrap.wrap(f"{number}. {first.name} ({verb})", WIDTH)
     return [*title, *(_row(f"   {name:<8}", words) for name, words in rows)]
@@ -109,8 +141,13 @@ def _each(calls: Sequence[tuple[int | None, Call]], nominal: int | None, leave_o
 def _options(call: Call, nominal: int | None = None, leave_out: Iterable[str] = ()) -> str:
     """The parameters of a call in brackets, with their schedule if they have one."""
 
+    fields = call.entry.params.model_fields
+    quiet = call.entry.meta.get("quiet", ())
+
     def words(params: dict[str, Any]) -> str:
-        return ", ".join(f"{k} {_value(v)}" for k, v in params.items() if k not in leave_out)
+        shown = {k: v for k, v in params.items() if k not in leave_out and (k not in quiet or v != fields[k].default)}
+        inside = [f"{k} {', '.join(_part(c, nominal) for c in calls)}" for k, calls in call.nested.items()]
+        return ", ".join([f"{fields[k].alias or k} {_value(v)}" for k, v in shown.items()] + inside)
 
     if not words(call.variants[0]):
         return ""
@@ -119,10 +156,16 @@ def _options(call: Call, nominal: int | None = None, leave_out: Iterable[str] = 
     return f" [{'; '.join(f'{_from(share, nominal)}: {words(params)}' for share, params in call.segments)}]"
 
 
+def _part(call: Call, nominal: int | None) -> str:
+    """A part that stands inside another one."""
+    own = "" if call.score is None else f" by {_part(call.score, nominal)}"
+    return f"{call.entry.name}{_options(call, nominal)}{own}"
+
+
 def _kept(calls: Sequence[tuple[int | None, Call]], nominal: int | None, n_visual: int | None) -> str:
     """How many tokens a selection keeps, over the layers and steps."""
     entry = calls[0][1].entry
-    if "keep" not in calls[0][1].variants[0]:
+    if calls[0][1].variants[0].get("keep") is None:
         return f"{entry.name}: {entry.summary}{_options(calls[0][1])}"
     texts = []
     for _, call in calls:
@@ -143,6 +186,8 @@ def _tokens(params: dict[str, Any], n_visual: int | None) -> str:
     from probe.selections import token_count  # imports torch
 
     keep, rounding = params["keep"], params.get("round", "floor")
+    if not isinstance(keep, int | float):
+        return f"visual tokens counted by {keep}"
     if isinstance(keep, float):
         share = f"{_percent(keep)} of the sample's original visual tokens"
         if n_visual is None:
@@ -173,6 +218,12 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _steps(steps: Steps, nominal: int | None) -> str:
+    if steps.exactly == ("prefill",):
+        return "when the prompt is computed for a cache"
+    if steps.of != "steps":
+        start = _percent(float(steps.span.start))
+        share = "all along" if not steps.span.start else f"from {start} of the {steps.of} on"
+        return share + ("" if steps.span.stop is None else f", up to {_percent(float(steps.span.stop))}")
     if nominal is None:
         return _steps_in_words(steps)
     fired = [step for step in range(nominal) if steps.includes(step, nominal)]

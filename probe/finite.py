@@ -52,7 +52,9 @@ def where_first(
     step = int(np.flatnonzero(counts)[0])
     what = f"step {step}: {int(counts[step])} values are NaN or infinite"
     for probe in table.probes:
-        if probe.site is Site.LOGITS or not probe.steps.includes(int(arrays["nominal_step"][step]), nominal_steps):
+        if probe.site is Site.LOGITS or probe.site.in_encoder:
+            continue
+        if not probe.steps.includes(int(arrays["nominal_step"][step]), nominal_steps):
             continue
         for record in probe.records:
             if record.name in arrays:

@@ -15,8 +15,9 @@ from probe.assemble import Gatherer, StepLogits
 from probe.backbones.base import Backbone, Prompt
 from probe.canvas import make_canvas
 from probe.compile import ProbeTable
+from probe.decoding.draw import draws
 from probe.looking import Recorder
-from probe.loop import Finished, Rule, Step, denoise, generators
+from probe.loop import Finished, Rule, Step, denoise
 from probe.probe_code import CodeProbe
 from probe.timing import PHASES, Stopwatch
 from probe.tracer import Tracer
@@ -47,13 +48,15 @@ def generate(
     code_probes: Sequence[CodeProbe] = (),
     on_step: OnStep | None = None,
     reference: StepLogits | None = None,
+    uncached: StepLogits | None = None,
     collected: StepLogits | None = None,
 ) -> list[Generated]:
     """Denoise a batch of prompts under a table of probes.
 
     `samples` are the global numbers of the batch's samples: a sample's noise depends on `seed` and its number, not
     on who shares its batch. `watch` may already hold the time of encoding. `reference` are the unpruned run's logits,
-    for signals that compare with them; `collected` is a dict to fill with this run's.
+    `uncached` those of the run without a cache, for signals that compare with them; `collected` is a dict to fill with
+    this run's.
     """
     numbers = list(samples) if samples is not None else list(range(len(prompts)))
     device = prompts[0].embeds.device
@@ -74,8 +77,9 @@ def generate(
         seeds=[seed * 1_000_003 + n for n in numbers],
         code_probes=code_probes,
     )
-    gatherer = Gatherer(table, tracer.kit.dims.layers, rule.gen_length, reference=reference, collected=collected)
-    events = denoise(canvas, tracer, rule, backbone.embed, generators(seed, numbers))
+    layers, compared = tracer.kit.dims.layers, {"reference": reference, "uncached": uncached}
+    gatherer = Gatherer(table, layers, rule.gen_length, **compared, collected=collected)
+    events = denoise(canvas, tracer, rule, backbone.embed, draws(seed, numbers))
     finished: Finished | None = None
     while finished is None:
         with watch.section("sampler"):
@@ -85,6 +89,7 @@ def generate(
         else:
             with watch.section("probe"):
                 gatherer.add(event)
+            tracer.observe(event)
             if on_step is not None:
                 on_step(event)
     if device.type == "cuda":
@@ -93,6 +98,7 @@ def generate(
     spent = watch.drain()
     encode = sum(s for (step, _), s in spent.items() if step < 0)
 
+    edits = {p.name for p in table.edits if not p.site.in_encoder}
     out = []
     for b, prompt in enumerate(prompts):
         passes = gatherer.passes(b)
@@ -110,14 +116,17 @@ def generate(
             "visual_kept": kept.numpy()[passes],
             "visual_tokens": counts.numpy()[passes],
             "visual_box": prompt.box.float().cpu().numpy(),
-            "visual_role": prompt.role[prompt.visual >= 0].cpu().numpy(),
+            "visual_role": prompt.visual_role.cpu().numpy(),
             "visual_view": prompt.view.cpu().numpy().astype(np.int16),
             "seconds": by_phase,
             "flops": flops,
             "seconds_total": np.array(total),
             "flops_total": np.array(flops.sum()),
             "peak_memory": np.array(_peak_memory(device)),
+            "rows_computed": np.array([tracer.rows[i][b] for i in passes], np.int32),
+            "unreached": np.array(len(edits - {name for i in passes for name in tracer.fired[i]}), np.int32),
             "prompt_length": np.array(prompt.embeds.shape[0]),
+            "visual_original": np.array(prompt.n_original),
         }
         ids = finished.output[b]
         out.append(Generated(ids, backbone.decode(ids), total, arrays))

@@ -33,6 +33,7 @@ from probe.recipe_files import RecipeInfo, expand, find_recipe, read_bytes, reci
 from probe.recipe_parts import AXES, At, Data, Generate, Part, ProbeSpec, Run, Trace
 from probe.recipe_words import Wrong, describe, first_fault, short
 from probe.recipe_yaml import Document, KeyPath, dump_yaml, read_yaml
+from probe.registry import nearest
 from probe.site import Site
 
 __all__ = [
@@ -66,6 +67,7 @@ class Recipe(BaseModel):
     about: str | None = None
     paper: str | None = None
     dial: dict[str, Any] = {}
+    calibrate: dict[str, Part] = {}
     backbone: str = Field(default="miniature", min_length=1)
     data: Data = Data()
     generate: Generate = Generate()
@@ -89,6 +91,14 @@ class Recipe(BaseModel):
         recipe: Recipe = handler(resolved)
         recipe._document, recipe._refs = document, refs
         return recipe
+
+    @model_validator(mode="after")
+    def _calibrations_are_of_dials(self) -> Self:
+        for name in self.calibrate:
+            if name not in self.dial:
+                hint = nearest(name, sorted(self.dial)) if self.dial else "the recipe has no dials"
+                raise Wrong(f"there is no dial `{name}` to calibrate; {hint}", "calibrate", name)
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -131,9 +141,10 @@ class Recipe(BaseModel):
     def hash(self) -> str:
         """Sixteen hex digits of what the recipe does to a sample.
 
-        Not its description, nor how its values came about, nor how many samples there are: a longer run is the same.
+        Not its description, nor how its values came about or could be found, nor how many samples
+        there are: a longer run is the same.
         """
-        text = self._canonical("about", "paper", "dial", limit=False)
+        text = self._canonical("about", "paper", "dial", "calibrate", limit=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

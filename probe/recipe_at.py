@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import PlainSerializer, PlainValidator
 
 from probe.recipe_words import Wrong, describe
 from probe.registry import nearest
-from probe.site import Clock, first_step
+from probe.site import Clock, Phase, first_step
+
+Progress = Literal["steps", "committed", "blocks"]
 
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
 
@@ -83,6 +85,10 @@ class Steps:
 
     exactly: tuple[int | float | str, ...] | None = None
     span: Span = Span()
+    of: Progress = "steps"
+    """What a share of a span is a share of: the nominal steps, the committed slots, or the blocks."""
+    done: bool = False
+    """Exact shares name the step that completes them, not the one that begins after them."""
 
     @classmethod
     def parse(cls, value: Any) -> Steps:
@@ -91,22 +97,27 @@ class Steps:
             return value
         if value == "all":
             return cls()
-        if isinstance(value, str) and value in ("first", "last"):
+        if isinstance(value, str) and value in ("first", "last", "prefill"):
             return cls(exactly=(value,))
         if _is_index(value):
             return cls(exactly=(_number_or_share(value, "a step"),))
         if isinstance(value, list | tuple):
             return cls(exactly=_exact(value))
         if isinstance(value, dict):
-            _check_keys(value, ["from", "to", "every", "at"])
-            if "at" in value:
+            _check_keys(value, ["from", "to", "every", "at", "done", "of"])
+            for key in ("at", "done"):
+                if key not in value:
+                    continue
                 if len(value) > 1:
-                    raise Wrong("`at` names the exact steps; it goes without from, to and every")
-                points = value["at"] if isinstance(value["at"], list | tuple) else [value["at"]]
-                return cls(exactly=_exact(points, "at"))
+                    raise Wrong(f"`{key}` names the exact steps; it goes without any other key")
+                points = value[key] if isinstance(value[key], list | tuple) else [value[key]]
+                exact = _exact(points, key)
+                if key == "done" and not all(isinstance(p, float) and p > 0 for p in exact):
+                    raise Wrong("names the steps that complete shares, such as [25%, 50%], each above 0%", "done")
+                return cls(exactly=exact, done=key == "done")
             start = _number_or_share(value.get("from", 0), "a step", "from")
             stop = None if value.get("to") is None else _number_or_share(value["to"], "a step", "to")
-            return cls(span=Span(start, stop, _every(value)))
+            return cls(span=Span(start, stop, _every(value)), of=_progress(value, start, stop))
         share = as_share(value)
         if share is not None:
             raise Wrong(
@@ -114,28 +125,62 @@ class Steps:
                 f"or {{at: [{value}]}} for that step alone"
             )
         raise Wrong(
-            f"should be all, first, last, a step, a list of steps, {{from, to, every}} or {{at: [...]}}, "
+            f"should be all, first, last, prefill, a step, a list of steps, {{from, to, every}} or {{at: [...]}}, "
             f"but is {describe(value)}"
         )
 
     def spelled(self) -> Any:
         """As a recipe spells it."""
         if self.exactly is None:
-            return "all" if self.span == Span() else self.span.spelled()
-        return self.exactly[0] if self.exactly in (("first",), ("last",)) else {"at": list(self.exactly)}
+            of = {} if self.of == "steps" else {"of": self.of}
+            return "all" if self.span == Span() and not of else self.span.spelled() | of
+        alone = self.exactly in (("first",), ("last",), ("prefill",))
+        return self.exactly[0] if alone else {"done" if self.done else "at": list(self.exactly)}
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether samples of a batch may differ in whether it fires."""
+        return self.of == "committed"
 
     def fires(self, clock: Clock) -> bool:
-        """Whether the step of this clock is one of them."""
+        """Whether a pass of this clock is one of them, for some sample at least."""
+        if self.exactly == ("prefill",):
+            return clock.phase in (Phase.PREFILL, Phase.REFRESH)
+        if self.of == "committed":
+            return any(self._within(done) for done in clock.committed)
+        if self.of == "blocks":
+            return self._within(clock.block / clock.n_blocks)
         return self.includes(clock.step, clock.nominal_steps)
+
+    def fires_for(self, clock: Clock, sample: int) -> bool:
+        """Whether it is one of them for one sample of the batch."""
+        return self._within(clock.committed[sample]) if self.of == "committed" else self.fires(clock)
+
+    def _within(self, done: float) -> bool:
+        return done >= self.span.start - 1e-9 and (self.span.stop is None or done < self.span.stop - 1e-9)
 
     def includes(self, step: int, nominal_steps: int) -> bool:
         """Whether `step` of `nominal_steps` is one of them."""
         if self.exactly is not None:
-            return any(step == step_index(point, nominal_steps) for point in self.exactly)
+            return any(step == step_index(point, nominal_steps) - self.done for point in self.exactly)
         start = step_index(self.span.start, nominal_steps)
         if step < start or (step - start) % self.span.every:
             return False
         return self.span.stop is None or step < step_index(self.span.stop, nominal_steps)
+
+
+def _progress(value: dict[str, Any], start: float, stop: float | None) -> Progress:
+    """What shares are shares of; other measures than steps know no step numbers."""
+    of = value.get("of", "steps")
+    if of not in ("steps", "committed", "blocks"):
+        raise Wrong(f"should be steps, committed or blocks, but is {describe(of)}", "of")
+    if of != "steps":
+        for key, point in (("from", start), ("to", stop)):
+            if _is_index(point) and point != 0:
+                raise Wrong(f"is a share of the {of}, such as 50%, not {point}", key)
+        if "every" in value:
+            raise Wrong("`every` counts steps; it goes without `of`", "every")
+    return cast(Progress, of)
 
 
 def step_index(point: float | str, nominal_steps: int) -> int:

@@ -22,6 +22,7 @@ TOP_KEYS = [
         "paper",
         "include",
         "dial",
+        "calibrate",
         "backbone",
         "data",
         "generate",

@@ -102,7 +102,10 @@ def find_recipe(path_or_name: str | Path) -> Path:
 
 
 def expand(document: Document, file: Path | None) -> Document:
-    """The recipe with its includes: their probes first, their dials below its own; `include` is gone."""
+    """The recipe with its includes: their probes first, their dials and generation settings below its own.
+
+    `include` is gone.
+    """
     root = file.resolve().parent if file else None
     return _Includes(root).merge(document, file)
 
@@ -120,6 +123,7 @@ class _Includes:
         parts = [self.load(name, place, file, here) for name, place in _included(document)]
         merged = Document({k: v for k, v in document.data.items() if k != "include"}, document.values, document.keys)
         self._dials(merged, [p for p in parts if p.data.get("dial")])
+        self._generate(merged, [p for p in parts if p.data.get("generate")])
         if any(part.data.get("probes") for part in parts):
             items = [item for part in [*parts, document] if part.data.get("probes") for item in part.items(("probes",))]
             whole = list_of(items, document.place(("probes",)))
@@ -152,6 +156,32 @@ class _Includes:
             return found
         close = nearest(re.sub(r"\.ya?ml$", "", name), sorted(_shipped()))
         raise ProbeError(f"{place}: includes `{name}`, but there is no such file and no such shipped recipe; {close}")
+
+    @staticmethod
+    def _generate(merged: Document, parts: list[Document]) -> None:
+        """How the parts decode, setting by setting, below what the including recipe says itself."""
+        own = merged.data.get("generate") or {}
+        if not parts or not isinstance(own, dict):
+            return
+        settled: dict[str, Any] = {}
+        places = Document(None, {(): merged.place(("generate",))})
+        for part in parts:
+            if not isinstance(part.data["generate"], dict):
+                found = describe(part.data["generate"])
+                raise ProbeError(f"{part.place(('generate',))}: `generate` should be a mapping, but is {found}")
+            for name, value in part.data["generate"].items():
+                if name in settled and name not in own and repr(settled[name]) != repr(value):
+                    raise ProbeError(
+                        f"{part.place(('generate', name))}: generate.{name} has another value in "
+                        f"{places.place((name,))}; set it in the including recipe's own `generate`"
+                    )
+                settled[name] = value
+                places.put((name,), part.below(("generate", name)))
+        for name, value in own.items():
+            settled[name] = value
+            places.put((name,), merged.below(("generate", name)))
+        merged.data["generate"] = settled
+        merged.put(("generate",), places)
 
     @staticmethod
     def _dials(merged: Document, parts: list[Document]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 from probe.recipe_at import LayerField, Layers, LayersField, Steps, StepsField
+from probe.recipe_when import WhenField
 from probe.recipe_words import Wrong, check_keys, describe
 from probe.registry import nearest
 from probe.site import Site
@@ -69,12 +70,18 @@ def _site(value: Any) -> Any:
 
 
 class At(Section):
-    """Where a probe attaches: a site, its layers, and the steps."""
+    """Where a probe attaches: a site, its layers, and the steps.
+
+    In the image encoder also which views it sees, and whether each view or each whole picture is decided on its own.
+    """
 
     site: Annotated[Site, BeforeValidator(_site)]
     layer: LayerField | None = None
     layers: LayersField | None = None
     steps: StepsField = Steps()
+    when: WhenField = ()
+    views: Literal["all", "base", "tiles"] = "all"
+    group: Literal["view", "picture"] = "view"
 
     @model_validator(mode="after")
     def _layers_fit_the_site(self) -> Self:
@@ -85,6 +92,10 @@ class At(Section):
         if not self.site.has_layers and self.where is not None:
             key = "layer" if self.layer is not None else "layers"
             raise Wrong(f"the site {self.site} has no layers; remove `{key}`", key)
+        for key in ("views", "group"):
+            if key in self.model_fields_set and not self.site.in_encoder:
+                where = ", ".join(site.value for site in Site if site.in_encoder)
+                raise Wrong(f"means something only in the image encoder ({where}), not at {self.site}", key)
         return self
 
     @property
@@ -117,6 +128,8 @@ class ProbeSpec(Section):
             raise Wrong(f"both records and intervenes (`{edit[0]}`); make two probes of it", edit[0])
         if self.record is None and not edit:
             raise Wrong("does nothing: give it `record`, or `select` and `do`")
+        if self.record is not None and self.at.when:
+            raise Wrong("`when` belongs to interventions; a probe that records does so at all its steps", "at", "when")
         if self.record is not None and not self.record:
             raise Wrong("is an empty list; name the signals to record", "record")
         if self.record is None and self.do is None:
@@ -147,6 +160,17 @@ MOST_STEPS = 65_536
 """No answer is longer, and none takes more steps: larger numbers are slips that would fill memory or never end."""
 
 
+def _answer(value: Any) -> Any:
+    """A text with `[MASK]` for open slots, or slot -> token (an id, or a text of one token)."""
+    if isinstance(value, dict):
+        slots = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()}
+        wrong = [k for k in slots if isinstance(k, bool) or not isinstance(k, int) or k < 0]
+        if wrong:
+            raise Wrong(f"names slots by their number, counted from 0, but {describe(wrong[0])} stands here", wrong[0])
+        return slots
+    return value
+
+
 class Generate(Section):
     """The denoising loop's settings; what is unset is the task's or the backbone's own."""
 
@@ -159,6 +183,10 @@ class Generate(Section):
     stop: Annotated[tuple[str, ...] | None, BeforeValidator(_items)] = None
     suffix: str | None = None
     think: bool | None = None
+    answer: Annotated[str | dict[int, int | str] | None, BeforeValidator(_answer)] = None
+    unmask: Part | None = None
+    cache: Part | None = None
+    length: Part | None = None
     seed: int = Field(default=0, ge=0)
 
 
@@ -183,5 +211,7 @@ class Run(Section):
     time: bool = True
 
 
-AXES = ("sample", "step", "layer", "head", "segment", "segment_key", "position", "visual")
+AXES = (
+    "sample", "step", "layer", "head", "segment", "segment_key", "position", "visual", "encoder_layer", "view", "patch",
+)  # fmt: skip
 """Names of the trace's axes; no recorded variable can have one of them."""

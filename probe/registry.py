@@ -7,6 +7,9 @@ A part of the vocabulary is a plain function. Its *positional* parameters name t
     def norm(hidden: Tensor, *, p: float = 2.0) -> Tensor:
         ...
 
+A keyword-only parameter whose annotation carries `Nested` takes another part of the vocabulary (or a list of them),
+spelled in a recipe like any part; the function gets it ready to be called.
+
 Installed packages add to a registry with an entry point of the group `probe.<kind>` (for example `probe.scores`).
 """
 
@@ -14,11 +17,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
 
@@ -29,6 +32,33 @@ def nearest(name: str, known: list[str]) -> str:
     """A tail for an error message: the nearest known name, or all of them when none is near."""
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Marks a parameter whose value is itself a part: `Annotated[Callable[...], Nested("selection")]`."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter that takes a part of the vocabulary, or (`many`) a list of at least one."""
+
+    kind: str
+    many: bool
+    required: bool
+
+
+def _nested(annotation: Any) -> tuple[str, bool] | None:
+    """The kind of part that an annotation asks for, and whether it is a list of them."""
+    if get_origin(annotation) is Annotated:
+        marks = [m for m in get_args(annotation)[1:] if isinstance(m, Nested)]
+        return (marks[0].kind, False) if marks else _nested(get_args(annotation)[0])
+    inside = [found for a in get_args(annotation) if (found := _nested(a))]
+    if not inside:
+        return None
+    return inside[0][0], inside[0][1] or get_origin(annotation) is tuple
 
 
 @dataclass(frozen=True)
@@ -46,15 +76,31 @@ class Entry:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return tuple(p.name for p in inspect.signature(self.function).parameters.values() if p.kind in kinds)
 
+    def reads(self, params: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of `needs` that the function looks at under these parameters; it gets None for the others."""
+        chosen = self.meta.get("reads")
+        return self.needs if chosen is None else tuple(n for n in self.needs if n in chosen(params))
+
     @cached_property
-    def params(self) -> type[BaseModel]:
-        """A pydantic model of the keyword-only parameters; unknown keys are refused."""
+    def _keywords(self) -> dict[str, tuple[Any, Any]]:
+        """Annotation and default (`...`: none) of every keyword-only parameter."""
         hints = get_type_hints(self.function, include_extras=True)
-        fields: dict[str, Any] = {
+        return {
             p.name: (hints.get(p.name, Any), ... if p.default is inspect.Parameter.empty else p.default)
             for p in inspect.signature(self.function).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """The parameters that take parts of the vocabulary."""
+        found = {name: (_nested(hint), default) for name, (hint, default) in self._keywords.items()}
+        return {name: Slot(*kind, default is ...) for name, (kind, default) in found.items() if kind is not None}
+
+    @cached_property
+    def params(self) -> type[BaseModel]:
+        """A pydantic model of the other keyword-only parameters; unknown keys are refused."""
+        fields: dict[str, Any] = {n: spelled for n, spelled in self._keywords.items() if n not in self.slots}
         return create_model(
             f"{self.kind}.{self.name}", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields
         )
@@ -66,8 +112,9 @@ class Entry:
 
 
 def _same_place(old: Callable[..., Any], new: Callable[..., Any]) -> bool:
-    """Whether a function is the same one defined again, as when a notebook cell runs twice."""
-    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__) and old.__module__ == "__main__"
+    """Whether a function is the same one defined again, as when a notebook cell or a plugin's file runs twice."""
+    again = (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+    return again and (old.__module__ == "__main__" or old.__module__.startswith("probe_plugin_"))
 
 
 class Registry:
@@ -79,7 +126,11 @@ class Registry:
         self._loaded_entry_points = False
 
     def register(self, function: Callable[..., Any] | None = None, *, name: str | None = None, **meta: Any) -> Any:
-        """Register a function under its own name, or `name`; extra keywords are kept as `entry.meta`."""
+        """Register a function under its own name, or `name`; extra keywords are kept as `entry.meta`.
+
+        `reads`: which inputs the function looks at, a function of its parameters. `one_of`: parameters of which a
+        recipe sets exactly one. `quiet`: parameters that are told of only where they are not at their default.
+        """
 
         def add(f: Callable[..., Any]) -> Callable[..., Any]:
             key = name or f.__name__
@@ -122,3 +173,7 @@ signals = Registry("signal")
 scores = Registry("score")
 selections = Registry("selection")
 operations = Registry("operation")
+unmaskings = Registry("unmasking")
+cachings = Registry("caching")
+lengths = Registry("length")
+calibrations = Registry("calibration")

@@ -20,6 +20,7 @@ from probe.assemble import ALWAYS, coordinates, recorded_variables
 from probe.attend import kernel_name
 from probe.backbones.base import Backbone
 from probe.compile import ProbeTable
+from probe.data.pictures import sheet_of
 from probe.errors import ProbeError
 from probe.generate import Generated
 from probe.probe_code import CodeProbe
@@ -28,7 +29,7 @@ from probe.trace import TraceWriter
 from probe.trace_schema import SampleRecord, TraceHeader
 
 PICTURE_SIDE = 768
-"""Pixels: the longer side of the pictures that a trace keeps for painting on."""
+"""Pixels: the longer side of the picture that a trace keeps for painting on; several stand on one sheet."""
 
 
 def output_folder(name: str, out: str | Path | None, *, resume: bool) -> Path:
@@ -114,7 +115,7 @@ def record_of(sample: data.Sample, number: int, result: Generated, *, pictures: 
         metric=sample.metric,
         score=float(data.METRICS[sample.metric](result.text, sample.answers)) if known else np.nan,
         arrays=result.arrays,
-        picture=_png(sample) if pictures and sample.images else None,
+        picture=_png(sample) if pictures and sample.pictures else None,
     )
 
 
@@ -134,8 +135,6 @@ def failure_of(sample: data.Sample | ProbeError, number: int, reason: str) -> Sa
 
 
 def _png(sample: data.Sample) -> bytes:
-    small = sample.images[0].copy()
-    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     buffer = io.BytesIO()
-    small.save(buffer, "PNG")
+    sheet_of(sample.pictures, PICTURE_SIDE).save(buffer, "PNG")
     return buffer.getvalue()

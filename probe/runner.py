@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -20,15 +19,19 @@ import torch
 from probe import data
 from probe.assemble import StepLogits, recorded_variables
 from probe.backbones import load
-from probe.backbones.base import Backbone
+from probe.backbones.base import Backbone, Prompt
 from probe.compile import ProbeTable, Record, compile_recipe
+from probe.composition import check_composition
 from probe.context import check_length
-from probe.decoding.unmask import Remasking
+from probe.data.pictures import on_sheet
+from probe.decoding.caching import NoCache
+from probe.encoder import Encoded, encode_with_probes
 from probe.errors import ProbeError
 from probe.failures import failure_notes, free_memory, is_out_of_memory, reason_of
 from probe.finite import NONFINITE, NotFinite, where_first
 from probe.generate import Generated, OnStep, generate
-from probe.loop import Rule, Step
+from probe.generation import rule_for
+from probe.loop import Step
 from probe.probe_code import CodeProbe
 from probe.recipe import Recipe
 from probe.run_files import failure_of, open_writer, output_folder, record_of
@@ -82,40 +85,6 @@ class _Side:
     def records(self) -> list[Record]:
         """The signals that it records."""
         return [record for probe in self.table.probes for record in probe.records]
-
-
-def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *, pictures: bool) -> Rule:
-    """The loop's settings for one sample: the recipe's, else the task's suggestion, else the backbone's own.
-
-    A `gen_length` of the recipe's own takes one block and the suggested steps in proportion, unless it says otherwise.
-    """
-    own = recipe.generate
-    base = {
-        "gen_length": backbone.defaults.gen_length,
-        "block_length": backbone.defaults.block_length,
-        "steps": backbone.defaults.steps,
-    } | dict(suggested)
-    gen_length = own.gen_length or base["gen_length"]
-    changed = gen_length != base["gen_length"]
-    block_length = own.block_length or (gen_length if changed else base["block_length"])
-    in_proportion = max(1, round(base["steps"] * gen_length / base["gen_length"]))
-    steps = own.steps or (in_proportion if changed else base["steps"])
-    stop = own.stop if own.stop is not None else (backbone.defaults.stop if pictures else ())
-    remasking = own.remasking or "low_confidence"
-    if remasking not in get_args(Remasking):
-        raise ProbeError(f"generate.remasking is `{remasking}`; known: {', '.join(get_args(Remasking))}")
-    return Rule(
-        gen_length=gen_length,
-        block_length=block_length,
-        steps=steps,
-        mask_id=backbone.special.mask,
-        suppressed=backbone.special.suppressed,
-        temperature=own.temperature or 0.0,
-        remasking=cast(Remasking, remasking),
-        cfg_scale=own.cfg_scale or 0.0,
-        stop=tuple(tuple(backbone.tokenize(s)) for s in stop),
-        suffix=tuple(backbone.tokenize(own.suffix)) if own.suffix else (),
-    )
 
 
 def samples_of(recipe: Recipe) -> Iterator[data.Sample | ProbeError]:
@@ -186,7 +155,8 @@ def run(
     if opening is None:
         raise ProbeError(f"there are no samples in {recipe.data.source}")
     if isinstance(opening, data.Sample):
-        rule_for(backbone, recipe, opening.generate, pictures=bool(opening.images))
+        rule = rule_for(backbone, recipe, opening.generate, pictures=bool(opening.pictures))
+        check_composition(recipe, table, rule.caching, rule.nominal_steps)
     source = chain([opening], source)
     folder = output_folder(recipe.name, out, resume=resume)
 
@@ -207,7 +177,7 @@ def run(
     if with_baseline:
         sides.insert(0, side("baseline", recipe.without_interventions(), folder / f"{stem}.baseline.trace.h5"))
 
-    count = finished = 0
+    count = finished = unreached = 0
     warm = False
     failures: list[tuple[int, str]] = []
     warned: set[str] = set()
@@ -257,6 +227,7 @@ def run(
                 )
                 warm = True
                 done = [record_of(item, number, result, pictures=recipe.trace.pictures) for result in results]
+                unreached += bool(results[-1].arrays["unreached"])
             except Exception as error:
                 failures.append((number, reason_of(error)))
                 done = [failure_of(item, number, failures[-1][1])] * len(writers)
@@ -266,6 +237,8 @@ def run(
             for writer, record in zip(writers, done, strict=True):
                 if number not in writer.done:
                     writer.write(record)
+    if unreached:
+        notes.append(f"{unreached} of {count} samples ended before an intervention's first step (trace: `unreached`)")
     rows = summarise([s.path for s in sides], [s.label for s in sides])
     failed = count_failed(sides[-1].path)
     notes += failure_notes(failures, failed)
@@ -309,17 +282,19 @@ def _one_sample(
     warm_up: bool,
     warned: set[str],
 ) -> list[Generated]:
-    """All sides of one sample; pictures are encoded once, and each side is charged for it."""
+    """All sides of one sample; pictures are encoded once for all sides that have no probes in the encoder."""
     sample.check()
-    watch = Stopwatch(next(backbone.parameters()).device)
-    with watch.section("encode"):
-        features = backbone.encode_images(sample.images) if sample.images else None
-    encode_flops = backbone.encode_flops(features) if features is not None else 0.0
-    spent = sum(watch.drain().values())
     recipe = sides[0].recipe
-    prompt = backbone.assemble(sample.question, features, think=bool(recipe.generate.think))
-    rule = rule_for(backbone, recipe, sample.generate, pictures=bool(sample.images))
-    check_length(backbone, prompt, rule.gen_length + len(rule.suffix))
+    seen: dict[int, _Seen] = {}
+
+    def see(table: ProbeTable) -> _Seen:
+        key = id(table) if table.encoder else 0
+        if key not in seen:
+            seen[key] = _see(backbone, sample, table, seed * 1_000_003 + number, think=bool(recipe.generate.think))
+            check_length(backbone, seen[key].prompt, rule.gen_length + len(rule.suffix))
+        return seen[key]
+
+    rule = rule_for(backbone, recipe, sample.generate, pictures=bool(sample.pictures))
     keeps_signals = recipe.trace.samples == "all" or number < int(recipe.trace.samples)
 
     def on_step(side: _Side) -> OnStep:
@@ -333,30 +308,51 @@ def _one_sample(
     compares = len(sides) > 1 and keeps_signals and any("reference" in r.signal.entry.needs for r in sides[-1].records)
     unpruned: StepLogits = {}
 
+    def without_cache(side: _Side) -> StepLogits:
+        """The logits of the side's run in which every pass computes every row."""
+        found: StepLogits = {}
+        if keeps_signals and any("uncached" in r.signal.entry.needs for r in side.records):
+            plain, prompts = replace(rule, caching=NoCache()), [see(side.bare).prompt]
+            generate(backbone, prompts, plain, side.bare, seed=seed, samples=[number], collected=found)
+        return found
+
     def recorded(side: _Side) -> Generated:
         is_baseline = side is not sides[-1]
-        return generate(
+        table = side.table if keeps_signals else side.bare
+        result = generate(
             backbone,
-            [prompt],
+            [see(table).prompt],
             rule,
-            side.table if keeps_signals else side.bare,
+            table,
             seed=seed,
             samples=[number],
             code_probes=code_probes if keeps_signals else (),
             on_step=on_step(side),
             collected=unpruned if compares and is_baseline else None,
             reference=None if is_baseline else unpruned,
+            uncached=without_cache(side),
         )[0]
+        return _charged(result, see(table))
 
     def unrecorded(side: _Side) -> Generated:
         # code probes may intervene, so they are part of what is timed
-        return generate(backbone, [prompt], rule, side.bare, seed=seed, samples=[number], code_probes=code_probes)[0]
+        prompts = [see(side.bare).prompt]
+        result = generate(backbone, prompts, rule, side.bare, seed=seed, samples=[number], code_probes=code_probes)[0]
+        return _charged(result, see(side.bare))
 
     recording = sides[0].recording
+    if warm_up and sample.pictures:  # sides may see their pictures differently, so this too is paid for beforehand
+        _see(backbone, sample, sides[0].bare, seed, think=False)
     if warm_up and (timed or not recording):
         unrecorded(sides[0])  # the first run of all pays for what libraries do once
     turns = list(sides if compares or number % 2 == 0 else sides[::-1])
     results = {side.path: recorded(side) for side in turns}
+    if len(sample.pictures) > 1:
+        sizes = [p.size for p in sample.pictures]
+        for side, result in zip(turns, list(results.values()), strict=True):
+            prompt = see(side.table if keeps_signals else side.bare).prompt
+            box = on_sheet(prompt.box.cpu().numpy(), prompt.picture.cpu().numpy(), sizes)
+            results[side.path] = replace(result, arrays=result.arrays | {"visual_box": box})
     again = turns if timed else []
     clean = {side.path: unrecorded(side) for side in again} if recording else results
     for side in sides:
@@ -366,24 +362,67 @@ def _one_sample(
             warned.add(side.label)
             told = f"{side.label}, sample {number}, {where}; `{NONFINITE}` in the trace counts them"
             warnings.warn(told, NotFinite, stacklevel=2)
-    return [_charged(side, results[side.path], clean.get(side.path), spent, encode_flops, number) for side in sides]
+    return [_compared(side, results[side.path], clean.get(side.path), number) for side in sides]
 
 
-def _charged(
-    side: _Side, result: Generated, clean: Generated | None, spent: float, encode_flops: float, number: int
-) -> Generated:
-    """A result with its share of the encoding, and with time and FLOPs of the run that recorded nothing."""
+@dataclass(frozen=True)
+class _Seen:
+    """A sample as the language model meets it, what that cost, and what probes recorded on the way."""
+
+    prompt: Prompt
+    seconds: Mapping[str, float]
+    """By phase: `encode` and `probe`."""
+    flops: Mapping[str, float]
+    arrays: Mapping[str, np.ndarray]
+
+
+def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, *, think: bool) -> _Seen:
+    """Encode a sample's pictures or clip under a table's probes, and lay the prompt out."""
+    watch = Stopwatch(next(backbone.parameters()).device)
+    done: Encoded | None = None
+    with watch.section("encode"):
+        if sample.pictures:
+            done = encode_with_probes(
+                backbone,
+                sample.frames or sample.images,
+                table,
+                clip=bool(sample.frames),
+                question=sample.question,
+                seed=seed,
+                watch=watch,
+            )
+    flops = {"encode": 0.0 if done is None else done.flops, "probe": 0.0 if done is None else done.probe_flops}
+    spent = watch.drain()
+    seconds = {phase: sum(s for (_, p), s in spent.items() if p == phase) for phase in flops}
+    if done is None:
+        return _Seen(backbone.assemble(sample.question, None, think=think), seconds, flops, {})
+    return _Seen(done.assemble(backbone, sample.question, think=think), seconds, flops, done.arrays)
+
+
+def _charged(result: Generated, seen: _Seen) -> Generated:
+    """A result with its share of the encoding, and what was recorded there."""
+    arrays = {**result.arrays, **seen.arrays}
+    seconds, flops = arrays["seconds"].copy(), arrays["flops"].copy()
+    for phase in ("encode", "probe"):
+        seconds[0, PHASES.index(phase)] += seen.seconds[phase]
+        flops[0, PHASES.index(phase)] += seen.flops[phase]
+    arrays |= {
+        "seconds": seconds,
+        "flops": flops,
+        "seconds_total": arrays["seconds_total"] + sum(seen.seconds.values()),
+        "flops_total": arrays["flops_total"] + sum(seen.flops.values()),
+    }
+    return replace(result, arrays=arrays)
+
+
+def _compared(side: _Side, result: Generated, clean: Generated | None, number: int) -> Generated:
+    """A result with time and FLOPs of the run that recorded nothing."""
     if clean is not None and clean.ids != result.ids:
         raise ProbeError(f"{side.label}: recording changed the answer of sample {number}; please report this")
-    arrays = dict(result.arrays)
-    encode = PHASES.index("encode")
-    arrays["seconds"][0, encode], arrays["flops"][0, encode] = spent, encode_flops
     nan = np.array(np.nan)
-    arrays |= {
-        "seconds_total": result.arrays["seconds_total"] + spent,
-        "flops_total": result.arrays["flops_total"] + encode_flops,
-        "seconds_unrecorded": nan if clean is None else clean.arrays["seconds_total"] + spent,
-        "flops_unrecorded": nan if clean is None else clean.arrays["flops_total"] + encode_flops,
+    arrays = result.arrays | {
+        "seconds_unrecorded": nan if clean is None else clean.arrays["seconds_total"],
+        "flops_unrecorded": nan if clean is None else clean.arrays["flops_total"],
     }
     return replace(result, arrays=arrays)
 

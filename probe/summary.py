@@ -10,6 +10,7 @@ import numpy as np
 
 from probe.data.metrics import agreement
 from probe.trace import open_trace
+from probe.trace_summary import unpruned_tokens
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:
             reference = reference if i else predictions
             agreed = [agreement(reference[n], text) for n, text in predictions.items() if n in reference]
             tokens = [float(trace.row("visual_tokens", k).mean()) for k in ran]
-            original = [trace.extents(k)["visual"] for k in ran]
+            original = [unpruned_tokens(trace, k) for k in ran]
             retention = [t / n if n else np.nan for t, n in zip(tokens, original, strict=True)]
             scores = trace.array("score")[ran].tolist()
             seconds, flops = (trace.array(name)[ran].tolist() for name in ("seconds_unrecorded", "flops_unrecorded"))

@@ -75,7 +75,7 @@ def _retention(trace: Trace, failed: np.ndarray) -> tuple[float | None, float | 
         return None, None
     for i in np.flatnonzero(~failed).tolist():
         values = trace.row(name, i)
-        total = trace.extents(i).get("visual", 0)
+        total = unpruned_tokens(trace, i)
         if name == "visual_kept":
             known = values != 0
             share = np.mean(values[known] == Fate.KEPT) if known.any() else math.nan
@@ -87,6 +87,16 @@ def _retention(trace: Trace, failed: np.ndarray) -> tuple[float | None, float | 
             shares.append(float(share))
             counts.append(total)
     return _mean(np.array(shares)), _mean(np.array(counts, np.float64))
+
+
+def unpruned_tokens(trace: Trace, row: int) -> int:
+    """Visual tokens that a sample has before anything is removed.
+
+    With probes in the image encoder the axis `visual` counts patches instead, and a variable of its own says it.
+    """
+    if "visual_original" in trace.variables:
+        return int(trace.array("visual_original")[row])
+    return trace.extents(row).get("visual", 0)
 
 
 def problems(trace: Trace, rows: Iterable[int] | None = None) -> list[str]:

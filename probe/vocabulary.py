@@ -1,7 +1,63 @@
-"""Importing this module registers the built-in signals, scores, selections and operations."""
+"""Importing this module registers the built-in parts: of probes, of decoding, of calibration."""
 
 from __future__ import annotations
 
-from probe import operations, scores, selections, signals
+from probe import calibrate, operations, scores, selections, signals
+from probe.decoding import (
+    autoregressive,
+    caching,
+    confidence,
+    daedal,
+    dimple,
+    dinfer,
+    dllm_cache,
+    dpad,
+    dream,
+    dreamon,
+    eos,
+    fast_cache,
+    fast_dllm,
+    flexmdm,
+    klass,
+    lavida,
+    length,
+    pc_sampler,
+    prophet,
+    remdm,
+    renoise,
+    slowfast,
+    wino,
+)
+from probe.signals import encoder
 
-__all__ = ["operations", "scores", "selections", "signals"]
+__all__ = [
+    "autoregressive",
+    "caching",
+    "calibrate",
+    "confidence",
+    "daedal",
+    "dimple",
+    "dinfer",
+    "dllm_cache",
+    "dpad",
+    "dream",
+    "dreamon",
+    "encoder",
+    "eos",
+    "fast_cache",
+    "fast_dllm",
+    "flexmdm",
+    "klass",
+    "lavida",
+    "length",
+    "operations",
+    "pc_sampler",
+    "prophet",
+    "remdm",
+    "renoise",
+    "scores",
+    "selections",
+    "signals",
+    "slowfast",
+    "wino",
+]

@@ -3,7 +3,7 @@
 An adapter is a function registered in `backbones` that returns its class (imported only when needed), with
 `accepts(config)` to recognise a checkpoint by its `config.json`, and two answers that need no weights:
 `facts(checkpoint)` for its sizes and `count(checkpoint, sizes)` for the visual tokens of a sample; `published` names
-models for which even the small files are not needed.
+models for which even the small files are not needed, and `tiny` builders of small random ones (`probe.backbones.tiny`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from probe.backbones import llada_v_config
+from probe.backbones import (
+    diffusion_gemma_config,
+    dimple_config,
+    lavida_config,
+    llada_v_config,
+    llava_next_config,
+    qwen_vl_config,
+)
 from probe.backbones.checkpoint import EMBEDDED, Checkpoint, check_sizes, resolve
 from probe.errors import ProbeError
 from probe.registry import Entry, Registry
@@ -55,12 +63,106 @@ class KnownBackbone:
     published=(
         Published(llada_v_config.PUBLISHED_NAME, llada_v_config.published_facts, llada_v_config.published_count),
     ),
+    tiny={llada_v_config.PUBLISHED_NAME: "probe.backbones.tiny.tiled:write_llada_v"},
 )
 def llada_v() -> type[Backbone]:
     """LLaDA-V: Llama without a causal mask, SigLIP tiles with newlines, masked diffusion."""
     from probe.backbones.llada_v import LladaV
 
     return LladaV
+
+
+@backbones.register(
+    accepts=lavida_config.is_lavida,
+    facts=lavida_config.facts_of,
+    count=lavida_config.visual_count,
+    published=(
+        Published(lavida_config.DREAM_NAME, lavida_config.dream_facts, lavida_config.published_count),
+        Published(lavida_config.LLADA_NAME, lavida_config.llada_facts, lavida_config.published_count),
+    ),
+    tiny={
+        lavida_config.DREAM_NAME: "probe.backbones.tiny.tiled:write_lavida_dream",
+        lavida_config.LLADA_NAME: "probe.backbones.tiny.tiled:write_lavida_llada",
+    },
+)
+def lavida() -> type[Backbone]:
+    """LaViDa: Dream (Qwen2, logits shifted) or LLaDA (Llama) without a causal mask, pooled SigLIP tiles."""
+    from probe.backbones.lavida import Lavida
+
+    return Lavida
+
+
+@backbones.register(
+    accepts=dimple_config.is_dimple,
+    facts=dimple_config.facts_of,
+    count=dimple_config.visual_count,
+    published=(Published(dimple_config.PUBLISHED_NAME, dimple_config.published_facts, dimple_config.published_count),),
+    tiny={dimple_config.PUBLISHED_NAME: "probe.backbones.tiny.dimple:write_dimple"},
+)
+def dimple() -> type[Backbone]:
+    """Dimple: Qwen2 without a causal mask, Qwen2.5-VL's tower at the picture's own size, shifted logits."""
+    from probe.backbones.dimple import Dimple
+
+    return Dimple
+
+
+@backbones.register(
+    accepts=diffusion_gemma_config.is_diffusion_gemma,
+    facts=diffusion_gemma_config.facts_of,
+    count=diffusion_gemma_config.visual_count,
+    published=(
+        Published(
+            diffusion_gemma_config.PUBLISHED_NAME,
+            diffusion_gemma_config.published_facts,
+            diffusion_gemma_config.published_count,
+        ),
+    ),
+    tiny={diffusion_gemma_config.PUBLISHED_NAME: "probe.backbones.tiny.diffusion_gemma:write_gemma"},
+)
+def diffusion_gemma() -> type[Backbone]:
+    """DiffusionGemma: canvases that are re-noised, behind a causal prefix with Gemma 4's soft tokens."""
+    from probe.backbones.diffusion_gemma import DiffusionGemma
+
+    return DiffusionGemma
+
+
+def _published_of(config: Any) -> tuple[Published, ...]:
+    """The published models of a config module, each with its name filled in."""
+    return tuple(
+        Published(name, partial(config.published_facts, name), partial(config.published_count, name))
+        for name in config.PUBLISHED
+    )
+
+
+@backbones.register(
+    accepts=llava_next_config.is_llava_next,
+    facts=llava_next_config.facts_of,
+    count=llava_next_config.visual_count,
+    published=_published_of(llava_next_config),
+    tiny={
+        "llava-hf/llava-v1.6-mistral-7b-hf": "probe.backbones.tiny.autoregressive:write_llava_mistral",
+        "llava-hf/llava-v1.6-vicuna-7b-hf": "probe.backbones.tiny.autoregressive:write_llava_vicuna",
+    },
+)
+def llava_next() -> type[Backbone]:
+    """LLaVA-NeXT: causal Llama or Mistral, CLIP tiles with newlines, one token per step."""
+    from probe.backbones.llava_next import LlavaNext
+
+    return LlavaNext
+
+
+@backbones.register(
+    accepts=qwen_vl_config.is_qwen_vl,
+    facts=qwen_vl_config.facts_of,
+    count=qwen_vl_config.visual_count,
+    published=_published_of(qwen_vl_config),
+    tiny={"Qwen/Qwen2.5-VL-7B-Instruct": "probe.backbones.tiny.autoregressive:write_qwen_vl"},
+)
+def qwen_vl() -> type[Backbone]:
+    """Qwen2.5-VL: causal Qwen2, windowed encoder at the picture's own size, one token per step."""
+    from probe.backbones.qwen_vl import QwenVL
+
+    return QwenVL
 
 
 def load(
@@ -76,8 +178,9 @@ def load(
 
     `dtype` is a torch type or its name; `auto` takes the stored one, except that float16 becomes float32 on
     a CPU. `attention` names an attention implementation (`sdpa`, `eager`, ...; None: the adapter's choice).
-    Further `options` belong to the adapter (LLaDA-V: `vocab`, `special`, `encoder_attention`). Raises
-    `ProbeError`.
+    Further `options` belong to the adapter (LLaDA-V and LaViDa: `vocab`, `special`, `encoder_attention`; LaViDa:
+    `rope_dtype`, `pool`, `several`; Dimple: `min_pixels`, `max_pixels`, `pixels`; autoregressive models:
+    `encoder_attention`, `special`, `device_map`, and Qwen2.5-VL `min_pixels`, `max_pixels`). Raises `ProbeError`.
     """
     checkpoint = resolve(name, revision=revision)
     entry = adapter_of(checkpoint)
@@ -95,6 +198,14 @@ def facts_of(name: str | Path, *, revision: str | None = None) -> ModelFacts:
     checkpoint = resolve(name, revision=revision, weights=False)
     with _told(checkpoint):
         return _check(checkpoint, adapter_of(checkpoint).meta["facts"](checkpoint))
+
+
+def adapter_class(name: str | Path, *, revision: str | None = None) -> type[Backbone]:
+    """The adapter's class of a backbone, without its weights."""
+    for entry in backbones:
+        if revision is None and any(p.name == str(name) for p in entry.meta.get("published", ())):
+            return cast("type[Backbone]", entry.function())
+    return cast("type[Backbone]", adapter_of(resolve(name, revision=revision, weights=False)).function())
 
 
 def visual_count(name: str | Path, sizes: Sequence[tuple[int, int]], *, revision: str | None = None) -> int:

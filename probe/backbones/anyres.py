@@ -19,6 +19,9 @@ from probe.errors import ProbeError
 
 SHRINK_ABOVE = 1.1
 """A map is shrunk only when its side exceeds the limit by more than this factor."""
+POOL_STRIDE = 2
+POOLS = ("bilinear", "average")
+"""`bilinear` rounds the halved side up (27 patches to 14 tokens), `average` takes whole squares (27 to 13)."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,28 @@ class Geometry:
     patch: int
     pinpoints: tuple[tuple[int, int], ...]
     limit: int | None = None
-    tokens_per_side: int | None = None
-    """Tokens along one side of a view, when they are pooled; by default one per patch."""
+    pool: str | None = None
+    """How a view's patches become half as many tokens along each side: one of `POOLS`, or None: they do not."""
+    digits: int | None = None
+    """Decimal digits to which a fitted side is rounded before it rounds down, where an original does so."""
+
+    @property
+    def patches(self) -> int:
+        """Patches along one side of a view."""
+        return self.tile // self.patch
 
     @property
     def side(self) -> int:
         """Tokens along one side of a view."""
-        return self.tokens_per_side or self.tile // self.patch
+        if self.pool is None:
+            return self.patches
+        return self.patches // POOL_STRIDE if self.pool == "average" else math.ceil(self.patches / POOL_STRIDE)
 
     @property
     def seen(self) -> int:
-        """Pixels of a tile's side that any patch covers (the remainder of the division is invisible)."""
-        return self.tile // self.patch * self.patch
+        """Pixels of a tile's side that any token covers (the remainder of a division is invisible)."""
+        patches = self.side * POOL_STRIDE if self.pool == "average" else self.patches
+        return patches * self.patch
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Tiling:
     @cached_property
     def trim(self) -> tuple[int, int]:
         """Rows removed from top and bottom each, columns removed from left and right each."""
-        return padding_of(*self.full, self.width, self.height)
+        return padding_of(*self.full, self.width, self.height, self.geometry.digits)
 
     @property
     def trimmed(self) -> tuple[int, int]:
@@ -138,19 +151,25 @@ def fitted(width: int, height: int, across: int, down: int) -> tuple[int, int]:
     return min(math.ceil(width * by_height), across), down
 
 
-def padding_of(rows: int, columns: int, width: int, height: int) -> tuple[int, int]:
+def padding_of(rows: int, columns: int, width: int, height: int, digits: int | None = None) -> tuple[int, int]:
     """Rows and columns of padding on each side of a map that shows a `width` x `height` picture centred.
 
-    Here the fitted side rounds *down*, unlike in `fitted`, so a sliver of padding can remain.
+    Here the fitted side rounds *down*, unlike in `fitted`, so a sliver of padding can remain. `digits` are kept of
+    the fitted side before that, so that 23.9999999 counts as 24.
     """
     if width / height > columns / rows:
-        return (rows - int(height * (columns / width))) // 2, 0
-    return 0, (columns - int(width * (rows / height))) // 2
+        shown = height * (columns / width)
+        return (rows - int(shown if digits is None else round(shown, digits))) // 2, 0
+    shown = width * (rows / height)
+    return 0, (columns - int(shown if digits is None else round(shown, digits))) // 2
 
 
 def pinpoints_of(value: object, tile: int) -> tuple[tuple[int, int], ...]:
-    """Canvases from a config: a list of pairs, or a range of grids such as `"(1x1),...,(6x6)"` in tiles."""
-    if isinstance(value, str) and "x" in value:
+    """Canvases from a config: pairs, as a list or in writing, or a range of grids `"(1x1),...,(6x6)"` in tiles."""
+    if isinstance(value, str):
+        pairs = re.findall(r"[(\[](\d+),\s*(\d+)[)\]]", value)
+        if pairs:
+            return tuple((int(w), int(h)) for w, h in pairs)
         corners = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", value)]
         if corners:
             (a0, b0), (a1, b1) = corners[0], corners[-1]
@@ -161,11 +180,13 @@ def pinpoints_of(value: object, tile: int) -> tuple[tuple[int, int], ...]:
     raise ProbeError(f"`image_grid_pinpoints` is {value!r}; expected {wanted}")
 
 
-def geometry_of(config: Mapping[str, Any], *, tile: int, patch: int, tokens_per_side: int | None = None) -> Geometry:
+def geometry_of(config: Mapping[str, Any], *, tile: int, patch: int, pool: str | None = None) -> Geometry:
     """The geometry that a checkpoint's config asks for; `image_aspect_ratio: pad` has no canvases."""
+    if pool is not None and pool not in POOLS:
+        raise ProbeError(f"pooling of visual tokens is {pool!r}; supported: {', '.join(POOLS)}, or none")
     aspect = config.get("image_aspect_ratio")
     if aspect == "pad":
-        return Geometry(tile, patch, (), None, tokens_per_side)
+        return Geometry(tile, patch, (), None, pool)
     match = re.fullmatch(r"anyres(?:_max_(\d+))?", str(aspect))
     if not match:
         raise ProbeError(f"`image_aspect_ratio` is {aspect!r}; supported: pad, anyres, anyres_max_N")
@@ -174,4 +195,4 @@ def geometry_of(config: Mapping[str, Any], *, tile: int, patch: int, tokens_per_
     off = [c for c in canvases if c[0] % tile or c[1] % tile or min(c) <= 0]
     if off:
         raise ProbeError(f"`image_grid_pinpoints` holds {off[0]}, no multiple of the tile of {tile} pixels")
-    return Geometry(tile, patch, canvases, limit, tokens_per_side)
+    return Geometry(tile, patch, canvases, limit, pool)

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
-SMALL_PATTERNS = ["*.json", "*.jinja"]
+SMALL_PATTERNS = ["*.json", "*.jinja", "merges.txt"]
+PATTERNS = [*SMALL_PATTERNS, "*.safetensors"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+TEXT_TOWER = "text_tower"
+"""The folder inside a checkpoint's where the text half of its encoder's model may lie."""
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 Shape = tuple[int, ...]
 MOST_LAYERS = 1000
@@ -63,6 +65,11 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise ProbeError(f"{path} holds a {type(value).__name__}; expected an object of settings")
         return value
+
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether the text half of the encoder's model lies beside the weights. Reads no weights."""
+        return (self.folder / TEXT_TOWER / "config.json").is_file()
 
     @cached_property
     def files(self) -> tuple[Path, ...]:

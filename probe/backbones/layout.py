@@ -7,18 +7,16 @@ A layout belongs to one picture (or clip). It consumes `views` rows of the proje
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 
-from probe.backbones.anyres import Geometry, Tiling
+from probe.backbones.anyres import POOL_STRIDE, Geometry, Tiling
 from probe.errors import ProbeError
 
-CLIP_STRIDE = 2
-"""A clip's frames are pooled by this factor, whatever the config says."""
 NEWLINE_MODES = ("grid", "frame", "one_token", "no_token")
 
 
@@ -84,7 +82,8 @@ class Tiled:
     def tokens(self, projected: Tensor, newline: Tensor) -> Tensor:
         """`(views, patches, width)` to `(count, width)`."""
         side, (across, down) = self.tiling.geometry.side, self.tiling.grid
-        base, tiles = projected[0], projected[1:]
+        views = pool(projected, self.tiling.geometry)
+        base, tiles = views[0], views[1:]
         grid = tiles.reshape(down, across, side, side, -1)  # tile row, tile column, row, column, width
         joined = grid.transpose(1, 2).reshape(*self.tiling.full, -1)
         rows, columns = self.tiling.trim
@@ -139,15 +138,12 @@ class Plain:
 
     def tokens(self, projected: Tensor, newline: Tensor) -> Tensor:
         """`(1, patches, width)` to `(count, width)`."""
-        return torch.cat([projected[0], newline[None]]) if self.closed else projected[0]
+        view = pool(projected, self.geometry)[0]
+        return torch.cat([view, newline[None]]) if self.closed else view
 
     def cells(self) -> Cells:
         """Description of the tokens; the grey margin of the square is taken away from the boxes."""
-        side = max(self.width, self.height)
-        edges = view_edges(self.geometry, self.geometry.side) / self.geometry.tile * side
-        left, top = (side - self.width) // 2, (side - self.height) // 2
-        box = boxes(((edges - left) / self.width).clamp(0, 1), ((edges - top) / self.height).clamp(0, 1))
-        box = box.flatten(0, 1).float()
+        box = self.boxes(view_edges(self.geometry, self.geometry.side))
         newline = torch.zeros(self.count, dtype=torch.bool)
         if self.closed:
             newline[-1] = True
@@ -155,10 +151,18 @@ class Plain:
         zeros = torch.zeros(self.count, dtype=torch.int16)
         return Cells(newline, box, zeros, zeros)
 
+    def boxes(self, edges: Tensor) -> Tensor:
+        """Edges in pixels of the view, the same across and down, to what lies between them: `(tokens, 4)`."""
+        side = max(self.width, self.height)
+        edges = edges / self.geometry.tile * side
+        left, top = (side - self.width) // 2, (side - self.height) // 2
+        box = boxes(((edges - left) / self.width).clamp(0, 1), ((edges - top) / self.height).clamp(0, 1))
+        return box.flatten(0, 1).float()
+
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of a video, each pooled to half its side; newlines per row, per frame, once, or not at all."""
+    """Frames of a video, pooled to half their side in any case; newlines per row, per frame, once, or not at all."""
 
     geometry: Geometry
     frames: int
@@ -179,9 +183,14 @@ class Clip:
         return self.frames
 
     @property
+    def pooled(self) -> Geometry:
+        """The geometry with its pooling, or bilinear pooling where pictures are not pooled."""
+        return replace(self.geometry, pool=self.geometry.pool or "bilinear")
+
+    @property
     def side(self) -> int:
         """Tokens along one side of a pooled frame."""
-        return math.ceil(self.geometry.side / CLIP_STRIDE)
+        return self.pooled.side
 
     @property
     def count(self) -> int:
@@ -192,8 +201,7 @@ class Clip:
 
     def tokens(self, projected: Tensor, newline: Tensor) -> Tensor:
         """`(frames, patches, width)` to `(count, width)`."""
-        full = self.geometry.side
-        pooled = torch.stack([resize(f.reshape(full, full, -1), (self.side, self.side)) for f in projected])
+        pooled = pool(projected, self.pooled).unflatten(1, (self.side, self.side))
         if self.newlines == "grid":
             return close_rows(pooled.flatten(0, 1), newline).flatten(0, 1)
         flat = pooled.flatten(1, 2)
@@ -205,7 +213,7 @@ class Clip:
     def cells(self) -> Cells:
         """Description of the tokens; frames are squashed, so boxes are fractions of the frame at once."""
         n = self.side
-        edges = view_edges(self.geometry, n) / self.geometry.tile
+        edges = view_edges(self.pooled, n) / self.geometry.tile
         box = boxes(edges, edges).expand(self.frames, n, n, 4)
         frame = torch.arange(self.frames).view(-1, 1, 1).expand(self.frames, n, n)
         # The same arrangement as in `tokens`, with NaN in the place of the newline embedding.
@@ -227,6 +235,16 @@ def resize(grid: Tensor, shape: tuple[int, int]) -> Tensor:
     """`(rows, columns, width)` to `(*shape, width)`, bilinearly, edges aligned, without smoothing."""
     channels = grid.permute(2, 0, 1)[None]
     return interpolate(channels, size=shape, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+
+
+def pool(projected: Tensor, geometry: Geometry) -> Tensor:
+    """`(views, patches, width)` to `(views, tokens, width)` as the geometry's `pool` says, after the projector."""
+    if geometry.pool is None:
+        return projected
+    maps = projected.unflatten(1, (geometry.patches, geometry.patches))
+    if geometry.pool == "average":
+        return avg_pool2d(maps.permute(0, 3, 1, 2), POOL_STRIDE).flatten(2).transpose(1, 2)
+    return torch.stack([resize(m, (geometry.side, geometry.side)) for m in maps]).flatten(1, 2)
 
 
 def close_rows(rows: Tensor, newline: Tensor) -> Tensor:

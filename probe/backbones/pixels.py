@@ -1,4 +1,4 @@
-"""Pictures to the encoder's input: float32 `(views, 3, side, side)` in -1..1. No model, no tokens."""
+"""Pictures to the encoder's input: float32 `(views, 3, side, side)`, mostly in -1..1. No model, no tokens."""
 
 from __future__ import annotations
 
@@ -54,10 +54,13 @@ def cut(image: Image.Image, tiling: Tiling) -> list[Image.Image]:
     return [squash(image, side), *tiles]
 
 
-def normalise(squares: Iterable[Image.Image]) -> Tensor:
-    """RGB squares of one size to `(views, 3, side, side)` float32: 0..255 becomes -1..1."""
+def normalise(
+    squares: Iterable[Image.Image], mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3
+) -> Tensor:
+    """RGB squares of one size to `(views, 3, side, side)` float32: 0..1 per channel, less `mean`, over `std`."""
     stack = np.stack([np.asarray(s, dtype=np.float32) for s in squares])
-    return torch.from_numpy((stack / 255.0 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
+    centred = (stack / 255.0 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return torch.from_numpy(centred).permute(0, 3, 1, 2).contiguous()
 
 
 def tiled_views(image: Image.Image, tiling: Tiling) -> Tensor:

@@ -31,8 +31,8 @@ def render(chat: Sequence[Message]) -> str:
     return f"{START}{said}{HEADER}{ASSISTANT}{END_HEADER}\n\n"
 
 
-def ask(question: str, pictures: int, *, think: bool) -> str:
-    """The user's text: a place per picture before the question, and the thinking switch after it.
+def ask(question: str, pictures: int, *, think: bool | None = None) -> str:
+    """The user's text: a place per picture before the question, and the thinking switch after it if there is one.
 
     A question that says itself where pictures go is taken as it is, as is one without pictures.
     """
@@ -45,7 +45,8 @@ def ask(question: str, pictures: int, *, think: bool) -> str:
         return question
     if not pictures:
         return question
-    return f"{' '.join([PLACE] * pictures)}\n{question} {'/think' if think else '/no_think'}"
+    switch = "" if think is None else " /think" if think else " /no_think"
+    return f"{' '.join([PLACE] * pictures)}\n{question}{switch}"
 
 
 def to_ids(prompt: str, encode: Callable[[str], Sequence[int]], bos: int | None) -> list[int]:

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from probe.data.metrics import METRICS, agreement
-from probe.data.own import from_image, from_jsonl
+from probe.data.own import from_image, from_images, from_jsonl, from_video
 from probe.data.sample import Sample
 from probe.data.tasks import load, tasks
 
-__all__ = ["METRICS", "Sample", "agreement", "from_image", "from_jsonl", "load", "tasks"]
+__all__ = [
+    "METRICS",
+    "Sample",
+    "agreement",
+    "from_image",
+    "from_images",
+    "from_jsonl",
+    "from_video",
+    "load",
+    "tasks",
+]

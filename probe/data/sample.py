@@ -1,4 +1,4 @@
-"""One question about one or more pictures."""
+"""One question about one or more pictures, or about a clip."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ LONGEST_SIDE = 16_384
 class Sample:
     """What a run is given for one answer.
 
+    ``images`` are pictures in the order of their places in the prompt; ``frames``, instead, those of one clip.
     ``answers`` are the accepted references, best one counts; empty when none is known. ``metric`` is a name
     in ``probe.data.METRICS``, or empty when there is nothing to compare with. ``generate`` holds what the
     task suggests for ``gen_length``, ``steps`` and ``block_length`` (tokens, denoising steps, tokens); a
@@ -30,6 +31,12 @@ class Sample:
     metric: str = ""
     task: str = "own"
     generate: Mapping[str, int] = field(default_factory=dict)
+    frames: tuple[Image.Image, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """All that is to be seen: the images, or the frames of the clip."""
+        return self.images or self.frames
 
     def check(self) -> None:
         """Raise `ProbeError` where there is nothing to ask, or a text that no tokenizer takes."""
@@ -40,7 +47,7 @@ class Sample:
         except UnicodeEncodeError as error:
             what = f"the question holds half of a surrogate pair ({error.reason})"
             raise ProbeError(f"sample {self.id}: {what}") from None
-        for image in self.images:
+        for image in self.pictures:
             check_size(image, f"sample {self.id}: the picture")
 
 

@@ -1,39 +1,57 @@
-"""Operations: what becomes of the visual tokens that a selection did not keep.
+"""Operations: what becomes of the visual tokens that a selection did not keep. Pure functions.
 
-An operation turns kept indices into a `Plan`; surgery carries it out. The options that all of them share:
+An operation turns kept indices into a `Plan` (`probe.site`), which surgery carries out. Its positional parameters name
+what it is given, of one sample with n alive visual tokens:
+
+- `kept (k,)` int64: what the selection kept, best first; `into (n,)`, `part (k,)`: what else a `Choice` says, or None
+- `hidden (n, width)`: hidden states at the probe's site; `size (n,)` float32: how many original tokens stand behind
+  each
+- `size` at the site `images`: (width, height) of a picture in pixels; the operation gives the size that it shall have
+- `score (n,)` float32: the probe's score, where it gives one number per token
+- `noise`: a function of m that gives `(m,)` uniform numbers in [0, 1), seeded per sample, probe and step
+
+Options that they share:
 
 - `positions: keep | compact`: survivors keep their rotary positions, or are renumbered 0..n-1.
-- `order: raster | score`: survivors stand as they stood, or in the order of the selection.
-- `lasts: forward | generation`: the tokens are back at the next step (and the choice is made anew there), or gone
-  for good.
+- `order: raster | score | parts`: survivors stand as they stood; in the order of the selection (`unmerged_first` is
+  another name for it: what `bipartite` says first is what it did not match); or part by part of a combination, each as
+  it stood.
+- `lasts: forward | generation`: the tokens are back at the next step (and the choice is made anew there), or gone for
+  good.
+- `answer_positions: original | shrunk`: with a prefix cache, the answer slots keep their positions, or move up by what
+  was taken out of the cache (what the study's release does on LaViDa).
+- `on_cache: refresh | columns`: when tokens leave for good while a cache is alive, the other rows are computed anew
+  without them, or only their keys and values are taken out.
+- `protect: [newline, cls]`: row separators, or the encoder's class token, always stay (and count as kept).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from probe.operations.attention import evict, mask, reweight_attention, skip_layers
+from probe.operations.merging import append, merge
+from probe.operations.options import AnswerPositions, Lasts, OnCache, Ordering, Protect
+from probe.operations.pictures import resize
+from probe.operations.plans import sources, unmerge
+from probe.operations.recycling import clusters, recycle
+from probe.operations.removing import drop, withdraw
 
-from torch import Tensor
-
-from probe.registry import operations
-from probe.site import Fate, Plan
-from probe.surgery import Order, Positions
-
-Lasts = Literal["forward", "generation"]
-
-
-@operations.register
-def drop(kept: Tensor, *, positions: Positions = "keep", order: Order = "raster", lasts: Lasts = "forward") -> Plan:
-    """Take the other tokens out of the sequence."""
-    return Plan(kept, Fate.DROPPED)
-
-
-@operations.register(default_select="none")
-def withdraw(kept: Tensor, *, positions: Positions = "keep", lasts: Lasts = "forward") -> Plan:
-    """Take all visual tokens out from this site on (VTW, Lin et al., AAAI 2025). Needs no selection."""
-    return Plan(kept, Fate.WITHDRAWN)
-
-
-@operations.register
-def mask(kept: Tensor, *, lasts: Lasts = "forward") -> Plan:
-    """Hide the keys of the other tokens, remove nothing: the logits of `drop` with positions kept, no saving."""
-    return Plan(kept, Fate.MASKED)
+__all__ = [
+    "AnswerPositions",
+    "Lasts",
+    "OnCache",
+    "Ordering",
+    "Protect",
+    "append",
+    "clusters",
+    "drop",
+    "evict",
+    "mask",
+    "merge",
+    "recycle",
+    "resize",
+    "reweight_attention",
+    "skip_layers",
+    "sources",
+    "unmerge",
+    "withdraw",
+]

@@ -164,3 +164,30 @@ def logit_kl(logits: Tensor, reference: Tensor) -> Tensor:
     log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+@signals.register(
+    site=Site.LOGITS,
+    dims=("position",),
+    units="nat",
+    long_name="divergence of each open slot's distribution from the run without a cache at the same step",
+    formula="KL(p_uncached || p) = sum_v p_uncached,v (ln p_uncached,v - ln p_v)",
+)
+def cache_kl(logits: Tensor, uncached: Tensor) -> Tensor:
+    """`(batch, row)` float32: like `logit_kl`, but to the same run with `cache: none`, interventions included.
+
+    0 for an exact cache, as long as both runs agree. Costs one more run of every sample that records it.
+    """
+    return logit_kl(logits, uncached)
+
+
+@signals.register(
+    site=Site.LOGITS,
+    dims=("position",),
+    units="1",
+    long_name="whether each open slot's best token is that of the run without a cache at the same step",
+    formula="1 if argmax_v logits_v = argmax_v uncached_v, else 0",
+)
+def cache_agreement(logits: Tensor, uncached: Tensor) -> Tensor:
+    """`(batch, row)` float32, for slots that are open in both runs."""
+    return (logits.argmax(-1) == uncached.argmax(-1)).float()

@@ -40,6 +40,8 @@ ROLE_COLOURS: dict[str, str] = {
     "dropped": GREY,
     "merged": SKY,
     "withdrawn": BLUE,
+    "skipped": VERMILION,
+    "evicted": PURPLE,
     # phases of a pass
     "encode": ORANGE,
     "backbone": BLUE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,24 +38,26 @@ def kept_panel(picture: Image.Image, box: np.ndarray, kept: np.ndarray, size: in
         return _padded(image, size)
     seen = ~np.isnan(box).any(1)
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+    seen &= area > 0
     fine = seen & (area <= np.nanmin(area[seen]) * 1.5) if seen.any() else seen
     grey = image.convert("L").convert("RGB").point(lambda v: round(0.32 * v + 158))
     stay = Image.new("L", (w, h), 0)
     pen = ImageDraw.Draw(stay)
-    for corners in box[fine & kept]:
-        pen.rectangle(_rectangle(corners, w, h), fill=255)
+    for pixels in _rectangles(box[fine & kept], w, h):
+        pen.rectangle(pixels, fill=255)
     image = Image.composite(image, grey, stay)
     pen = ImageDraw.Draw(image)
-    for corners in box[seen & kept & ~fine]:
-        pen.rectangle(_rectangle(corners, w, h), outline=FRAME)
+    for pixels in _rectangles(box[seen & kept & ~fine], w, h):
+        pen.rectangle(pixels, outline=FRAME)
     return _padded(image, size)
 
 
-def _rectangle(corners: np.ndarray, w: int, h: int) -> tuple[int, int, int, int]:
-    """Pixels of a box given as shares; at least one, however thin the picture is."""
-    x0, y0, x1, y1 = (float(c) for c in corners)
-    left, top = min(round(x0 * w), w - 1), min(round(y0 * h), h - 1)
-    return left, top, max(left, round(x1 * w) - 1), max(top, round(y1 * h) - 1)
+def _rectangles(box: np.ndarray, width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes in pixels, both ends included; those that cover none (they see only padding) are left out."""
+    for x0, y0, x1, y1 in box:
+        left, top, right, bottom = round(x0 * width), round(y0 * height), round(x1 * width), round(y1 * height)
+        if right > left and bottom > top:
+            yield left, top, right - 1, bottom - 1
 
 
 def _padded(image: Image.Image, size: int) -> Image.Image:

@@ -37,7 +37,15 @@ from probe.views.replay_frames import (
 
 _MAP = 16  # most rows of the map of visual tokens
 _SECONDS = 0.6  # between two steps while playing
-_GLYPHS = {Fate.KEPT: "█", Fate.DROPPED: "·", Fate.MERGED: "+", Fate.WITHDRAWN: "-", Fate.MASKED: "x"}
+_GLYPHS = {
+    Fate.KEPT: "█",
+    Fate.DROPPED: "·",
+    Fate.MERGED: "+",
+    Fate.WITHDRAWN: "-",
+    Fate.MASKED: "x",
+    Fate.SKIPPED: "~",
+    Fate.EVICTED: "o",
+}
 
 
 # -------------------------------------------------------------------- in the terminal

@@ -29,6 +29,8 @@ _FATES = {
     Fate.MERGED: ("merged", "folded into another token"),
     Fate.WITHDRAWN: ("withdrawn", "taken out from this layer on"),
     Fate.MASKED: ("masked", "computed, but not looked at"),
+    Fate.SKIPPED: ("skipped", "carried around this layer"),
+    Fate.EVICTED: ("evicted", "not in the layer's cache until its next refresh"),
 }
 
 

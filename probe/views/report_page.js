@@ -5,7 +5,8 @@ const byId = (id) => document.getElementById(id);
 const run = JSON.parse(byId("run").textContent);
 const TRACE_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 const FATE_COLOURS = { 1: "rgba(255,255,255,0)", 2: "rgba(226,226,230,.88)", 3: "rgba(86,180,233,.8)",
-  4: "rgba(230,159,0,.8)", 5: "rgba(204,121,167,.8)" };
+  4: "rgba(230,159,0,.8)", 5: "rgba(204,121,167,.8)", 6: "rgba(240,228,66,.6)",
+  7: "rgba(213,94,0,.6)" };
 const SEGMENT_COLOURS = { system: "#999999", visual: "#0072b2", newline: "#56b4e9", question: "#e69f00", answer: "#009e73" };
 const CONFIG = { displayModeBar: false, responsive: true, showTips: false };
 const FONT = { family: getComputedStyle(document.body).fontFamily, size: 13, color: "#22222a" };
@@ -191,9 +192,9 @@ function picture(chart, below, side, grid) {
       colorbar: bar("importance") });
   }
   const scale = [];
-  for (let code = 0; code <= 5; code++)
-    scale.push([code / 6, FATE_COLOURS[code] || "rgba(0,0,0,0)"], [(code + 1) / 6, FATE_COLOURS[code] || "rgba(0,0,0,0)"]);
-  traces.push({ ...place, z: of(fates).map((line) => line.map((v) => (paint === "none" ? 1 : v ?? 0))), zmin: -0.5, zmax: 5.5, colorscale: scale,
+  for (let code = 0; code <= 7; code++)
+    scale.push([code / 8, FATE_COLOURS[code] || "rgba(0,0,0,0)"], [(code + 1) / 8, FATE_COLOURS[code] || "rgba(0,0,0,0)"]);
+  traces.push({ ...place, z: of(fates).map((line) => line.map((v) => (paint === "none" ? 1 : v ?? 0))), zmin: -0.5, zmax: 7.5, colorscale: scale,
     showscale: false, text: hover, hovertemplate: "%{text}<extra></extra>" });
   const images = image ? [{ source: image.uri, xref: "x", yref: "y", x: 0, y: 0, sizex: width, sizey: height,
     sizing: "stretch", layer: "below", yanchor: "top" }] : [];

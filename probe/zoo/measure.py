@@ -26,8 +26,8 @@ from probe.data import METRICS, Sample
 from probe.data.tasks import MIXTURES, tasks
 from probe.data.tasks import load as samples_of
 from probe.generate import generate
+from probe.generation import rule_for
 from probe.recipe import Recipe
-from probe.runner import rule_for
 from probe.zoo import MINIATURE
 from probe.zoo.world import SIZE
 

@@ -18,7 +18,8 @@ from probe.backbones.anyres import (
     padding_of,
     pinpoints_of,
 )
-from probe.backbones.llada_v_config import count_visual, published_geometry, visual_token_count
+from probe.backbones.llada_v_config import published_geometry, visual_token_count
+from probe.backbones.tiled_config import count_visual
 from probe.errors import ProbeError
 
 SIDES = st.integers(1, 4000)
@@ -131,6 +132,7 @@ def test_several_pictures_are_squares():
 def test_pinpoints():
     listed = pinpoints_of([[30, 60], [60, 30]], 30)
     assert listed == ((30, 60), (60, 30))
+    assert pinpoints_of("[(30, 60), (60, 30)]", 30) == pinpoints_of("[[30, 60],[60, 30]]", 30) == listed
     assert pinpoints_of("(1x1),...,(2x2)", 10) == ((10, 10), (10, 20), (20, 10), (20, 20))
     for wrong in (None, 7, "all", [[1, 2, 3]]):
         with pytest.raises(ProbeError, match="image_grid_pinpoints"):
@@ -142,6 +144,9 @@ def test_aspect_ratios():
     assert geometry_of({"image_aspect_ratio": "anyres_max_9", **points}, tile=28, patch=14).limit == 9
     assert geometry_of({"image_aspect_ratio": "anyres", **points}, tile=28, patch=14).limit is None
     assert geometry_of({"image_aspect_ratio": "pad"}, tile=28, patch=14).pinpoints == ()
+    assert geometry_of({"image_aspect_ratio": "pad"}, tile=28, patch=14, pool="average").side == 1
+    with pytest.raises(ProbeError, match="is 'max'; supported: bilinear, average"):
+        geometry_of({"image_aspect_ratio": "pad"}, tile=28, patch=14, pool="max")
     with pytest.raises(ProbeError, match="anyres_max_N"):
         geometry_of({"image_aspect_ratio": "square"}, tile=28, patch=14)
     with pytest.raises(ProbeError, match="multiple of the tile"):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from probe.backbones.anyres import Geometry, Tiling, pinpoints_of
-from probe.backbones.layout import NEWLINE_MODES, Clip, Plain, Tiled
+from probe.backbones.anyres import POOLS, Geometry, Tiling, pinpoints_of
+from probe.backbones.layout import NEWLINE_MODES, Clip, Plain, Tiled, pool
 from probe.backbones.pixels import frame_views, padded_views, tiled_views
 from probe.errors import ProbeError
 
@@ -31,7 +31,7 @@ def where_am_i(width, height):
 
 def patch_means(views):
     """What each patch sees on average, undoing the normalisation: `(views, patches, 3)`."""
-    side = TILE // PATCH * PATCH
+    side = views.shape[-1] // PATCH * PATCH
     pooled = torch.nn.functional.avg_pool2d(views[..., :side, :side], PATCH)
     return (pooled * 0.5 + 0.5).flatten(2).transpose(1, 2)
 
@@ -88,6 +88,38 @@ def test_views_of_tiles(width, height):
             assert view[r][c] == 1 + int(y // side) * tiling.grid[0] + int(x // side)
         assert view[r][columns] == view[r][columns - 1]
     assert cells.view.max() < tiling.views
+
+
+@settings(max_examples=30)
+@given(st.integers(20, 260), st.integers(20, 260), st.sampled_from(POOLS))
+def test_boxes_of_pooled_tiles(width, height, mode):
+    """Five patches become three tokens (bilinear, blended from the two nearest), or two (the last patch unseen)."""
+    geometry = Geometry(80, PATCH, pinpoints_of("(1x1),...,(3x3)", 80), pool=mode)
+    assert (geometry.patches, geometry.side) == (5, {"bilinear": 3, "average": 2}[mode])
+    tiling = Tiling(geometry, width, height)
+    layout = Tiled(tiling)
+    cells, inside = check_boxes(layout, tiled_views(where_am_i(width, height), tiling), 0.25)
+    base = cells.box[: geometry.side**2]
+    assert inside.sum() >= len(base)
+    assert base[-1, 3] == pytest.approx(geometry.seen / 80)
+    assert geometry.seen == {"bilinear": 70, "average": 56}[mode]
+
+
+@pytest.mark.parametrize(("mode", "patch_rows"), [("bilinear", None), ("average", [[0, 1], [2, 3]])])
+def test_pooling_is_bilinear_without_smoothing_or_of_whole_squares(mode, patch_rows):
+    """Against weights written down from the rule, on random features."""
+    geometry = Geometry(80, PATCH, (), pool=mode)
+    features = torch.randn(2, 25, 3, dtype=torch.float64)
+    weights = torch.zeros(geometry.side, 5, dtype=torch.float64)
+    for i, row in enumerate(weights):
+        if patch_rows:
+            row[patch_rows[i]] = 0.5
+        else:  # centres of both grids lie on one another; the two nearest patches count by their nearness
+            centre = (i + 0.5) * 5 / 3 - 0.5
+            row[int(centre)] = 1 - centre % 1
+            row[min(int(centre) + 1, 4)] += centre % 1
+    want = torch.einsum("ir,jc,vrcw->vijw", weights, weights, features.unflatten(1, (5, 5))).flatten(1, 2)
+    torch.testing.assert_close(pool(features, geometry), want)
 
 
 @pytest.mark.parametrize("size", [(60, 60), (200, 90), (90, 170), (33, 34)])

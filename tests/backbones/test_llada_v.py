@@ -16,9 +16,11 @@ from probe.backbones import llada_v_config as names
 from probe.backbones import prompt as text
 from probe.backbones.anyres import Tiling
 from probe.backbones.base import SpecialIds
+from probe.backbones.bidirectional import attention_bias, llama_config
 from probe.backbones.llada_v import LladaV
-from probe.backbones.llada_v_modules import attention_bias, llama_config, published_name, siglip_config
+from probe.backbones.siglip import siglip_config
 from probe.backbones.splice import IMAGE
+from probe.backbones.tiled_config import SIGLIP_SO400M, count_visual
 from probe.errors import ProbeError
 from probe.site import ModelFacts, Role
 
@@ -122,11 +124,11 @@ def test_published_names_and_sizes():
     with torch.device("meta"):
         model = LladaV(
             llama_config(names.PUBLISHED, names.PUBLISHED["vocab_size"], "sdpa"),
-            siglip_config(names.SIGLIP_SO400M, "sdpa"),
+            siglip_config(SIGLIP_SO400M, "sdpa"),
             facts=ModelFacts("", 0, 0, 0, 0, 0),
             special=SpecialIds(0, 0, 0, ()),
         )
-    own = {published_name(k): tuple(v.shape) for k, v in model.state_dict().items()}
+    own = {LladaV.published_name(k, {}): tuple(v.shape) for k, v in model.state_dict().items()}
     assert len(own) == 717
     assert sum(math.prod(s) for s in own.values()) == 8_434_837_024
     tower = "model.vision_tower.vision_tower.vision_model"
@@ -194,7 +196,7 @@ def test_tied_head(checkpoint):
 def test_tower_stops_before_its_last_layer(small):
     """Features are the last kept layer's output, with no norm after it."""
     model = load(small, attention="eager")
-    assert len(model.encoder_layers) == model.facts.encoder_layers == names.SIGLIP_SO400M["num_hidden_layers"] - 25
+    assert len(model.encoder_layers) == model.facts.encoder_layers == SIGLIP_SO400M["num_hidden_layers"] - 25
     seen = []
     handle = model.encoder_layers[-1].layer.register_forward_hook(lambda m, a, out: seen.append(out))
     features = model.vision_features(torch.rand(2, 3, 30, 30))
@@ -225,7 +227,7 @@ def test_roles_of_one_picture(small):
     assert prompt.role.dtype == torch.int8
     assert prompt.view.dtype == prompt.picture.dtype == torch.int16
     assert prompt.box.dtype == torch.float32
-    assert names.count_visual([image.size], model.geometry) == prompt.n_visual == visual_count(small, [image.size])
+    assert count_visual([image.size], model.geometry) == prompt.n_visual == visual_count(small, [image.size])
 
 
 def test_a_tokenizer_that_adds_the_start_token_keeps_the_newline(checkpoint):
@@ -283,7 +285,7 @@ def test_prompts_with_pictures_are_cut(checkpoint):
     model = load(checkpoint(tokenizer_model_max_length=260))
     prompt = model.encode([Image.new("RGB", (90, 90))], "What?")
     assert prompt.ids.shape[0] == 260
-    assert 0 < prompt.n_visual == int((prompt.visual >= 0).sum()) < names.count_visual([(90, 90)], model.geometry)
+    assert 0 < prompt.n_visual == int((prompt.visual >= 0).sum()) < count_visual([(90, 90)], model.geometry)
     assert model.encode([], "x" * 300).ids.shape[0] > 260
 
 

@@ -153,7 +153,16 @@ def test_ones_own_data_goes_on_after_a_damaged_picture(tmp_path: Path) -> None:
         assert "bad.png" in str(trace.array("failed")[1])
 
 
-@pytest.mark.parametrize("name", [info.name for info in shipped_recipes()])
+ASKING_THE_TEXT = [info.name for info in shipped_recipes() if "text_image" in info.path.read_text()]
+
+
+@pytest.mark.parametrize("name", ASKING_THE_TEXT)
+def test_recipes_that_need_a_text_tower_say_so(name: str) -> None:
+    with pytest.raises(ProbeError, match="comes with no text tower"):
+        CliRunner().invoke(app, ["run", name, "--limit", "1"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", [i.name for i in shipped_recipes() if i.name not in ASKING_THE_TEXT])
 def test_every_shipped_recipe_runs(name: str, tmp_path: Path) -> None:
     invoke("run", name, "--limit", "2", "--out", tmp_path, "--no-time", "--data", "world/short")
     assert list(tmp_path.glob("*.trace.h5"))

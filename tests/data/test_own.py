@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from probe.data import from_image, from_jsonl, own
+from probe.data import from_image, from_images, from_jsonl, pictures
 from probe.errors import ProbeError
 
 
@@ -33,6 +33,21 @@ def test_one_picture(folder: Path) -> None:
     assert sample.images[0].mode == "RGB"
     assert sample.images[0].getpixel((0, 0)) == (77, 77, 77)
     assert (sample.answers, sample.metric) == ((), "")
+
+
+def test_several_pictures_keep_their_order(folder: Path) -> None:
+    sample = from_images([folder / "grey.png", folder / "red.png"], "Same?")
+    assert [image.size for image in sample.images] == [(8, 8), (30, 20)]
+    assert sample.pictures == sample.images
+    assert sample.id == "grey.png, red.png"
+    with pytest.raises(ProbeError, match="at least one"):
+        from_images([], "Same?")
+
+
+def test_a_list_of_frames_is_one_clip(folder: Path) -> None:
+    (sample,) = from_jsonl(_write(folder, {"frames": ["red.png", "grey.png", "red.png"], "question": "What happens?"}))
+    assert [frame.size for frame in sample.frames] == [(30, 20), (8, 8), (30, 20)]
+    assert (sample.images, sample.pictures) == ((), sample.frames)
 
 
 def test_a_picture_is_turned_as_its_orientation_says(folder: Path) -> None:
@@ -78,6 +93,15 @@ RIGHT = {"image": "red.png", "question": "?"}
         ({"image": "red.png"}, r"line 2: `question` must be a text"),
         ({"image": "red.png", "question": "  "}, r"line 2: `question` must be a text"),
         ({"question": "?"}, r"line 2: no picture; give `image`"),
+        ({"images": [], "question": "?"}, r"line 2: no picture; `images` is empty"),
+        ({"frames": [], "question": "?"}, r"line 2: no picture; `frames` is empty"),
+        ({"frames": "red.png", "question": "?"}, r"line 2: `frames` must be a list"),
+        ({"image": "red.png", "frames": ["red.png"], "question": "?"}, r"line 2: both `image` and `frames`"),
+        ({"images": ["red.png"], "video": "a.mp4", "question": "?"}, r"line 2: both `images` and `video`"),
+        ({"video": "none.mp4", "question": "?"}, r"line 2: no video at .*none\.mp4"),
+        ({"video": ["a.mp4"], "question": "?"}, r"line 2: `video` must be a text"),
+        ({"video": "red.png", "frames": 0, "question": "?"}, r"line 2: beside `video`, `frames` is how many"),
+        ({"video": "red.png", "frames": ["red.png"], "question": "?"}, r"line 2: beside `video`, `frames` is how many"),
         ({"image": 3, "question": "?"}, r"line 2: `image` must be a text"),
         ({"images": "red.png", "question": "?"}, r"line 2: `images` must be a list"),
         ({"image": "red.png", "images": ["red.png"], "question": "?"}, r"line 2: both `image` and `images`"),
@@ -127,8 +151,8 @@ def test_missing_and_empty_files(folder: Path) -> None:
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own, "MOST_PIXELS", 599)
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 599)
     with pytest.raises(ProbeError, match="megapixels"):
         from_image(folder / "red.png", "?")  # 30 x 20 = 600
-    monkeypatch.setattr(own, "MOST_PIXELS", 600)
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 600)
     from_image(folder / "red.png", "?")

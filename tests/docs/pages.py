@@ -82,9 +82,11 @@ def fresh_registries() -> Iterator[None]:
     """Every command is a process of its own to the reader: what a plugin registers is gone afterwards."""
     import probe.vocabulary  # noqa: F401
     from probe import registry
+    from probe.backbones import backbones
     from probe.probe_code import CODE_PROBES
 
-    kinds = (registry.scores, registry.selections, registry.operations, registry.signals)
+    kinds = [kind for kind in vars(registry).values() if isinstance(kind, registry.Registry)]
+    kinds.append(backbones)
     before = [dict(kind._entries) for kind in kinds]
     codes = dict(CODE_PROBES)
     try:
@@ -107,6 +109,14 @@ def shortened(words: list[str]) -> list[str]:
     return words
 
 
+def shortened_tools(words: list[str]) -> list[str]:
+    """The same for the commands that measure: one sample, two steps, and of all pruners some."""
+    quick = ["--set", "generate.gen_length=4", "--set", "generate.steps=2"]
+    if words in (["budget"], ["budget", "--keep", "0.25"]):
+        words = [*words, "fastv", "trim"]
+    return [*words, *quick] if "generate.steps" not in " ".join(words) else words
+
+
 def command(line: str, *, short: bool) -> Printed:
     """Run one `probe` command here, as the console command would."""
     from probe.__main__ import load_cli
@@ -114,6 +124,8 @@ def command(line: str, *, short: bool) -> Printed:
     words = shlex.split(line, comments=True)[1:]
     if short and words[:1] == ["run"]:
         words = shortened(words)
+    if short and words[:1] in (["budget"], ["calibrate"]):
+        words = shortened_tools(words)
     cli = load_cli()
     cli.out.width = cli.err.width = WIDTH
     out, err, argv, status = io.StringIO(), io.StringIO(), sys.argv, 0

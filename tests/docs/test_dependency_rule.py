@@ -24,14 +24,14 @@ def module(path: Path) -> str:
 MODULES = {module(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
-def imports(name: str) -> set[tuple[str, str]]:
-    """`(module, name)` of everything that a module imports, wherever in it; a whole module has the name `*`."""
+def imports(tree: ast.Module) -> set[tuple[str, str]]:
+    """`(module, name)` of everything that is imported, wherever; a whole module has the name `*`."""
     found: set[tuple[str, str]] = set()
-    for node in ast.walk(MODULES[name]):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {(alias.name, "*") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} imports relatively"
+            assert node.level == 0, f"a relative import in line {node.lineno}"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}".removeprefix("probe.")
                 if str(node.module).split(".")[0] == "probe" and whole in MODULES:
@@ -41,19 +41,28 @@ def imports(name: str) -> set[tuple[str, str]]:
     return found
 
 
+def ours_in(tree: ast.Module) -> set[str]:
+    """Modules of this package that a tree imports, without the leading `probe.`."""
+    return {m.removeprefix("probe.") for m, _ in imports(tree) if m.split(".")[0] == "probe"}
+
+
 def ours(name: str) -> set[str]:
-    """Modules of this package that a module imports, without the leading `probe.`."""
-    return {m.removeprefix("probe.") for m, _ in imports(name) if m.split(".")[0] == "probe"}
+    """Modules of this package that a module imports."""
+    return ours_in(MODULES[name])
 
 
 def taken(name: str, source: str) -> set[str]:
     """Names that a module takes from another one of ours."""
-    return {what for m, what in imports(name) if m == f"probe.{source}"}
+    return {what for m, what in imports(MODULES[name]) if m == f"probe.{source}"}
+
+
+COMMAND_LINE = {name for name in MODULES if name == "cli" or name.startswith("cli_")}
+"""The files of the command line."""
 
 
 def users(library: str) -> set[str]:
     """Modules that import a library."""
-    return {name for name in MODULES if any(m.split(".")[0] == library for m, _ in imports(name))}
+    return {name for name in MODULES if any(m.split(".")[0] == library for m, _ in imports(MODULES[name]))}
 
 
 EXACTLY: dict[str, set[str]] = {
@@ -66,16 +75,20 @@ EXACTLY: dict[str, set[str]] = {
     "registry": {"errors"},
     "surgery": {"site"},
     "ledger": {"site", "surgery"},
+    "store": {"site", "surgery"},
     "signals": {"attend", "registry", "site"},
-    "scores": {"attend", "cost", "registry", "site"},
-    "selections": {"registry"},
-    "operations": {"registry", "site", "surgery"},
     "loop": {"canvas", "decoding", "errors", "site"},
     "canvas": {"backbones.base", "site", "surgery"},
-    "backbones.base": {"site"},
-    "decoding.schedule": set(),
+    "signals.encoder": {"attend", "registry", "site"},
+    "backbones.base": {"backbones.rows", "cost", "errors", "site"},
+    "backbones.rows": set(),
+    "decoding.schedule": {"errors"},
+    "decoding.renoise": {"decoding", "errors", "registry"},
     "decoding.stop": set(),
     "decoding.unmask": set(),
+    "decoding.draw": set(),
+    "decoding.policy": {"decoding", "site"},
+    "decoding.rule": {"decoding", "errors"},
 }
 """Modules that may import just these of ours."""
 
@@ -86,11 +99,25 @@ def test_lower_layers_import_no_more_than_they_may(name: str) -> None:
     assert found <= EXACTLY[name]
 
 
-def test_the_vocabulary_takes_types_only() -> None:
-    for name in ("signals", "scores"):
-        assert taken(name, "attend") == {"Form"}
-    assert taken("operations", "surgery") == {"Order", "Positions"}
-    assert taken("scores", "cost") <= {"pairwise"}
+PACKAGES = {
+    "scores": {"attend", "cost", "errors", "registry", "site"},
+    "selections": {"errors", "registry", "site"},
+    "operations": {"errors", "registry", "scores", "selections", "site", "surgery"},
+}
+"""What the files of a package may import besides each other."""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_vocabulary_knows_no_model_and_no_loop(package: str) -> None:
+    for name in (n for n in MODULES if n.split(".")[0] == package):
+        assert {m.split(".")[0] for m in ours(name)} - {package} <= PACKAGES[package], name
+        assert taken(name, "attend") <= {"Form"}
+        assert taken(name, "surgery") <= {"Positions"}
+        assert taken(name, "cost") <= {"pairwise"}
+
+
+def test_signals_take_types_only() -> None:
+    assert taken("signals", "attend") == {"Form"}
 
 
 def test_backbones_know_no_probe_no_loop_no_trace() -> None:
@@ -100,9 +127,16 @@ def test_backbones_know_no_probe_no_loop_no_trace() -> None:
         assert taken(name, "attend") <= {"KERNELS", "kernel_name"}, name
 
 
+def test_only_its_state_changes_the_length_of_a_view() -> None:
+    """Views of the encoder are sequences of their own: `encoder_state` shortens them, `encoder_pass` says when."""
+    assert {n for n in MODULES if "shorten" in taken(n, "encoder_state")} == {"encoder_pass"}
+    assert ours("encoder_state") <= {"backbones.base", "errors", "site"}
+
+
 def test_only_the_engine_knows_both_the_loop_and_the_model() -> None:
     both = {n for n in MODULES if "loop" in ours(n) and any(m.split(".")[0] == "backbones" for m in ours(n))}
-    assert both == {"tracer", "pass_state", "looking", "generate", "runner"}
+    both = {n for n in both if n.split(".")[0] != "doctor"}  # which examines the one through the other
+    assert both <= {"tracer", "pass_state", "pass_source", "looking", "generate", "runner", "calibrate_run"}
 
 
 def test_recipes_and_traces_know_nothing_of_the_engine() -> None:
@@ -117,7 +151,8 @@ def test_each_library_has_its_place() -> None:
     assert users("xarray") == {"trace_reader"}
     assert users("nnsight") == {"probe_code"}
     assert users("yaml") == {"recipe_yaml"}
-    assert users("typer") == {"cli"}
+    assert users("typer") == COMMAND_LINE
+    assert users("av") == {"data.video"}
     assert all(n == "attend" or n.startswith(("backbones.", "zoo.")) for n in users("transformers"))
 
 
@@ -137,19 +172,30 @@ def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
 PICKING = {"gather", "index_select", "scatter", "scatter_", "narrow", "take_along_dim", "index_copy_", "index_fill_"}
 ALONG_A_SEQUENCE = {
     ("tracer", "__call__"): "rows of the last hidden state for the head",
+    ("pass_state", "_conditioned"): "noise that slots show, as the model wants it",
     ("canvas", "write"): "committed embeddings into rows that are there",
     ("looking", "received"): "one sample's columns of averaged attention",
+    ("looking", "attended_rows"): "one sample's columns of attention rows",
+    ("looking", "keys"): "one sample's keys of chosen rows",
+    ("pass_source", "_projected"): "one sample's columns of attention",
+    ("delta_cache", "_where"): "rows that a layer computes anew",
+    ("delta_cache", "_chosen_rows"): "rows that a layer computes anew",
+    ("delta_cache", "_forward"): "what those rows add to the residual stream",
+    ("pass_source", "_keys"): "one sample's stored keys",
+    ("attend", "_reweight"): "attention output of reweighted rows",
+    ("attend", "_with_bias"): "mask rows of a chunk",
     ("signals", "visual_importance"): "attention from keys to visual indices",
-    ("decoding.unmask", "select"): "ranks of answer slots",
-    ("loop", "denoise"): "a snapshot of tokens",
+    ("loop", "_carry_out"): "a snapshot of tokens",
     ("assemble", "_signal"): "answer slots that are open in both runs",
 }
 """Functions outside of `surgery` that pick along dimension 1. None of them hands on a shortened sequence."""
+OUTSIDE = ("zoo", "views", "data", "decoding", "scores", "selections", "operations", "decide")
+"""Where no sequence is held: a decoding policy has rows of answer slots, the vocabulary one sample's tokens."""
 
 
 def test_only_surgery_changes_the_length_of_a_sequence() -> None:
     """A layout is made in `surgery` alone; its knives are used by canvas and pass alone; nobody else picks rows."""
-    engine = [n for n in MODULES if n.split(".")[0] not in ("zoo", "views", "data") and n != "surgery"]
+    engine = [n for n in MODULES if n.split(".")[0] not in OUTSIDE and n != "surgery"]
     engine = [n for n in engine if n == "backbones.base" or n.split(".")[0] not in ("backbones", "trace")]
     picking = set()
     for name in engine:
@@ -161,19 +207,20 @@ def test_only_surgery_changes_the_length_of_a_sequence() -> None:
             if called in PICKING and (along or any(k.arg == "dim" for k in call.keywords)):
                 picking.add((name, function))
     assert picking <= set(ALONG_A_SEQUENCE)
-    knives = {"narrow", "hide", "take", "restore"}
-    assert {n for n in MODULES if taken(n, "surgery") & knives} == {"canvas", "pass_state"}
+    knives = {"narrow", "hide", "take", "restore", "select", "extend", "resize", "take_columns", "put_columns"}
+    users_of = {n for n in MODULES if taken(n, "surgery") & knives}
+    assert users_of <= {"canvas", "pass_state", "store", "shadow", "delta_cache"}
 
 
-def test_only_the_tracer_puts_hooks_on_modules() -> None:
+def test_only_tracer_and_encoder_put_hooks_on_modules() -> None:
     hooking = {n for n in MODULES for _, c in calls(n) if "register_forward" in getattr(c.func, "attr", "")}
-    assert hooking == {"tracer"}
+    assert {n for n in hooking if n.split(".")[0] != "doctor"} == {"tracer", "encoder"}
 
 
 def test_the_command_line_computes_nothing_and_imports_nothing_heavy_at_its_top() -> None:
-    top = {a.name for n in MODULES["cli"].body if isinstance(n, ast.Import) for a in n.names}
-    top |= {str(n.module) for n in MODULES["cli"].body if isinstance(n, ast.ImportFrom)}
-    assert {m for m in top if m.split(".")[0] == "probe"} == {"probe.errors"}
+    for name in COMMAND_LINE:
+        at_top = ast.Module([n for n in MODULES[name].body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+        assert ours_in(at_top) <= {"errors", *COMMAND_LINE}, name
 
 
 def test_help_and_a_bare_import_load_no_heavy_library() -> None:

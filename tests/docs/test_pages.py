@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pages
 import pytest
+from typer.main import get_command
 
 from probe.__main__ import load_cli
 
 DOCS = pages.REPO / "docs"
-OURS = [pages.REPO / "README.md", *(DOCS / f"{n}.md" for n in ("start", "python", "backbones", "architecture"))]
+NAMES = ("start", "python", "pruners", "backbones", "adapter", "architecture")
+OURS = [pages.REPO / "README.md", *(DOCS / f"{name}.md" for name in NAMES)]
 ALL = [pages.REPO / "README.md", *sorted(DOCS.glob("*.md"))]
 OTHERS = [page for page in ALL if page not in OURS]  # their recipes and outputs have tests of their own
 README = OURS[0].read_text()
@@ -78,12 +80,17 @@ def test_python_on_the_readme_is_short() -> None:
     assert len([line for line in code.splitlines() if line.strip()]) < 10
 
 
+def test_the_backbone_of_ones_own_is_short() -> None:
+    (code,) = [b for b in pages.blocks((DOCS / "adapter.md").read_text()) if b.file]
+    assert len(code.text.splitlines()) < 150
+
+
 def test_the_readme_lists_the_commands() -> None:
     assert re.findall(r"^\| `probe (\w+)", README, flags=re.MULTILINE) == commands_of_the_program()
 
 
 def commands_of_the_program() -> list[str]:
-    return [c.callback.__name__ for c in load_cli().app.registered_commands if c.callback]
+    return list(get_command(load_cli().app).commands)
 
 
 def test_public_names_are_listed() -> None:
@@ -123,7 +130,9 @@ def dependencies() -> tuple[set[str], set[str]]:
 def test_every_dependency_is_in_use_and_has_its_line() -> None:
     text = (DOCS / "architecture.md").read_text()
     table = re.findall(r"^\| ([^|]+) \|", text.split("## Dependencies")[1].split("##")[0], flags=re.MULTILINE)
-    listed = {name.strip() for row in table for name in row.split(",")} - {"package", "---", "xarray", "h5netcdf"}
+    extras = tomllib.loads((pages.REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    optional = {re.split(r"[><=!~\[]", d)[0] for kind, names in extras.items() if kind != "dev" for d in names}
+    listed = {name.strip() for row in table for name in row.split(",")} - {"package", "---"} - optional
     declared, used = dependencies()
     assert listed == declared == used
 

@@ -101,7 +101,8 @@ def test_every_visual_token_has_exactly_one_fate_and_counts_agree(
     for out in run_probes(tiny, prompts_for(tiny, 3), EDITS[edit] + RECORD):
         fates = out.arrays["visual_kept"]
         assert set(np.unique(fates)) <= {int(f) for f in Fate}
-        np.testing.assert_array_equal((fates == int(Fate.KEPT)).sum(-1), out.arrays["visual_tokens"])
+        made = out.arrays["visual_tokens"] - (fates == int(Fate.KEPT)).sum(-1)  # tokens without an original index
+        assert (made > 0).any() if edit in ("append", "sparsevlm", "sparsevlm_for_good") else (made == 0).all()
         seen = ~np.isnan(out.arrays["visual_importance"])
         alive = fates == int(Fate.KEPT)
         hidden = fates == int(Fate.MASKED)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probe.site import Fate, Plan, Role
-from probe.surgery import Layout, hide, make_layout, narrow, replan, restore, take
+from probe.surgery import Layout, hide, make_layout, narrow, put_values, replan, restore, take
 
 
 @st.composite
@@ -46,7 +46,7 @@ def real(layout: Layout, b: int, values: torch.Tensor) -> list[int]:
 @settings(max_examples=150, deadline=None)
 @given(layouts(), st.data())
 def test_narrow_keeps_every_other_row_and_its_position(layout: Layout, data: st.DataObject) -> None:
-    plans = choose(data, layout)
+    plans = raster(choose(data, layout))
     new, index = narrow(layout, plans)
     for b, plan in enumerate(plans):
         alive = layout.visual_rows[b].tolist()
@@ -63,14 +63,19 @@ def test_narrow_keeps_every_other_row_and_its_position(layout: Layout, data: st.
             assert new.row[b][new.locate(padded)[b]].tolist() == rest
 
 
+def raster(plans: list[Plan | None]) -> list[Plan | None]:
+    """The same tokens, standing as they stood."""
+    return [None if p is None else Plan(p.kept.sort().values, p.fate) for p in plans]
+
+
 @settings(max_examples=80, deadline=None)
 @given(layouts(), st.data())
 def test_score_order_permutes_only_the_visual_rows(layout: Layout, data: st.DataObject) -> None:
     plans = choose(data, layout)
-    new, _ = narrow(layout, plans, order="score", positions="compact")
-    raster, _ = narrow(layout, plans)
+    new, _ = narrow(layout, plans, positions="compact")
+    standing, _ = narrow(layout, raster(plans))
     for b, plan in enumerate(plans):
-        assert real(new, b, new.role != int(Role.PAD)) == real(raster, b, raster.role != int(Role.PAD))
+        assert real(new, b, new.role != int(Role.PAD)) == real(standing, b, standing.role != int(Role.PAD))
         if plan is not None:
             ids = layout.visual[b, layout.visual_rows[b]][plan.kept]
             assert new.visual[b, new.visual_rows[b]].tolist() == ids.tolist()
@@ -80,7 +85,7 @@ def test_score_order_permutes_only_the_visual_rows(layout: Layout, data: st.Data
 @settings(max_examples=80, deadline=None)
 @given(layouts(), st.data())
 def test_take_then_restore_changes_only_what_was_removed(layout: Layout, data: st.DataObject) -> None:
-    plans = choose(data, layout)
+    plans = raster(choose(data, layout))
     new, index = narrow(layout, plans)
     x = torch.randn(layout.batch, layout.width, 3)
     if len(set(new.length)) == 1:  # padding rows of the index repeat row 0
@@ -95,7 +100,7 @@ def test_take_then_restore_changes_only_what_was_removed(layout: Layout, data: s
 @settings(max_examples=80, deadline=None)
 @given(layouts(), st.data())
 def test_hiding_marks_the_same_rows_that_dropping_removes(layout: Layout, data: st.DataObject) -> None:
-    plans = choose(data, layout)
+    plans = raster(choose(data, layout))
     dropped, _ = narrow(layout, plans)
     hidden = hide(layout, plans)
     assert hidden.n_visual == dropped.n_visual
@@ -130,3 +135,36 @@ def test_compacting_leaves_samples_alone_that_lose_nothing(layout: Layout, data:
     for b, plan in enumerate(plans):
         kept = real(gapped, b, gapped.position)
         assert real(new, b, new.position) == (kept if plan is None else list(range(new.length[b])))
+
+
+@settings(max_examples=80, deadline=None)
+@given(layouts(), st.data())
+def test_appended_tokens_stand_behind_the_kept_ones(layout: Layout, data: st.DataObject) -> None:
+    plans = []
+    for plan in raster(choose(data, layout)):
+        m = data.draw(st.integers(0, 3))
+        if plan is not None and layout.visual_rows[len(plans)].shape[0]:
+            k = plan.kept.shape[0]
+            size = torch.full((k + m,), 2.0)
+            plan = Plan(plan.kept, Fate.MERGED, values=torch.randn(k + m, 2), size=size, appended=m)
+        plans.append(plan)
+    new, index = narrow(layout, plans)
+    hidden = put_values(take(torch.zeros(layout.batch, layout.width, 2), index), new, plans)
+    plain, _ = narrow(layout, [None if p is None else Plan(p.kept) for p in plans])
+    for b, plan in enumerate(plans):
+        m = 0 if plan is None else plan.appended
+        assert new.length[b] == plain.length[b] + m
+        assert new.n_visual[b] == plain.n_visual[b] + m
+        rows = new.visual_rows[b]
+        assert new.visual[b, rows[rows.shape[0] - m :]].tolist() == [-1] * m
+        assert [r for r in real(new, b, new.row) if r < layout.length_at_start] == real(plain, b, plain.row)
+        if plan is None or not m:
+            continue
+        assert torch.equal(hidden[b, rows], plan.values)
+        assert new.size is not None and new.size[b, rows].tolist() == [2.0] * len(rows)
+        assert new.role[b, rows].tolist() == [int(Role.VISUAL)] * m if plan.kept.shape[0] == 0 else True
+        last = rows[-m - 1] + 1 if len(rows) > m else layout.visual_rows[b].min()
+        assert rows[-m:].tolist() == list(range(int(last), int(last) + m))
+        new_rows = new.row[b, rows[-m:]]
+        assert new_rows.unique().shape[0] == m and int(new_rows.min()) >= layout.length_at_start
+        assert torch.equal(new.locate_in(b, new_rows), rows[-m:])

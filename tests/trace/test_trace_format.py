@@ -52,7 +52,7 @@ def test_header_and_variables_come_back(trace_path: Path) -> None:
             for part in ("dims", "units", "long_name", "formula", "probe", "dtype"):
                 assert getattr(stored, part) == getattr(v, part)
         assert trace.variables["visual_kept"].flags == {
-            "kept": 1, "dropped": 2, "merged": 3, "withdrawn": 4, "masked": 5,
+            "kept": 1, "dropped": 2, "merged": 3, "withdrawn": 4, "masked": 5, "skipped": 6,
         }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from probe.backbones.base import SpecialIds
 from probe.backbones.llada_v import LladaV
 from probe.canvas import make_canvas
 from probe.compile import ProbeTable
+from probe.decoding.draw import Draw
 from probe.decoding.schedule import linear
 from probe.errors import ProbeError
 from probe.loop import Finished, Rule, Step, denoise
@@ -76,7 +77,7 @@ def decode(model: LladaV, prompt: Any, rule: Rule, seed: int | None) -> tuple[li
     generator = torch.Generator()
     generator.manual_seed(seed or 0)
     model.special = SpecialIds(rule.mask_id, model.special.eos, model.special.stop, model.special.suppressed)
-    *steps, finished = denoise(canvas, Tracer(model, ProbeTable(()), canvas), rule, model.embed, [generator])
+    *steps, finished = denoise(canvas, Tracer(model, ProbeTable(()), canvas), rule, model.embed, [Draw(generator)])
     assert isinstance(finished, Finished)
     return steps, finished  # type: ignore[return-value]
 

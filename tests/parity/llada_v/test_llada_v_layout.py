@@ -15,8 +15,8 @@ from torch import Tensor
 
 from probe.backbones.anyres import Geometry, Tiling
 from probe.backbones.layout import Clip, Layout, Plain, Tiled
-from probe.backbones.llada_v_config import count_visual
 from probe.backbones.splice import IMAGE, splice
+from probe.backbones.tiled_config import count_visual
 
 NEWLINE = -7.0
 """Stands for the newline embedding in made-up features."""

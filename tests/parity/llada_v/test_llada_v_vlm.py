@@ -19,6 +19,7 @@ from probe.backbones.base import Features, Prompt
 from probe.backbones.layout import Tiled
 from probe.backbones.llada_v import LladaV
 from probe.backbones.pixels import frame_views, tiled_views
+from probe.backbones.sequence import lay_out
 from probe.backbones.splice import Spliced, splice
 from probe.site import Role
 
@@ -211,7 +212,7 @@ def batch_of(model_at: Any) -> Callable[..., Spliced]:
         views, features = views_of(model, folder, source), []
         for size in sizes:
             layout = Tiled(Tiling(model.geometry, *size))
-            features += model.lay_out(Features(model.encode_views(views[: layout.views]), (layout,)))[0]
+            features += lay_out([layout], model.encode_views(views[: layout.views]), model.image_newline)
         side = "left" if owner.endswith("left") else "right"
         ids, mask = stored[f"{owner}.input_ids"], stored[f"{owner}.input_attention_mask"]
         return splice(ids, mask, features, model.embed, side=side, limit=model.max_length)

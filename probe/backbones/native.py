@@ -1,0 +1,79 @@
+"""A published checkpoint into a class of transformers: safetensors only, nothing missing and nothing left over.
+
+transformers knows every name that its models' tensors have been published under, and spreads them over devices. Here
+its report becomes one error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
+
+from probe.backbones.checkpoint import Checkpoint, choose_dtype
+from probe.errors import ProbeError
+
+_MOST = 5
+
+
+def native_config(kind: Any, checkpoint: Checkpoint, kernels: Mapping[str, str]) -> Any:
+    """transformers' config of a native class; `kernels` name the attention of its parts, by their config's name."""
+    try:
+        config = kind.config_class.from_dict(dict(checkpoint.config))
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        said = f"{checkpoint.folder}: config.json does not describe a {kind.__name__}"
+        raise ProbeError(f"{said}: {error}") from error
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if window is not None and getattr(text, "use_sliding_window", True):
+        raise ProbeError(f"{checkpoint.folder}: sliding-window attention ({window} tokens) is not supported")
+    for part, kernel in kernels.items():
+        getattr(config, part)._attn_implementation = kernel
+    return config
+
+
+def load_native(
+    kind: Any,
+    checkpoint: Checkpoint,
+    config: Any,
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    device_map: Any = None,
+) -> Any:
+    """The native model with the checkpoint's weights, on `device` or spread as `device_map` says.
+
+    Raises `ProbeError` when a tensor is missing, left over or of another shape.
+    """
+    with checkpoint.tensors() as weights:  # says clearly what is wrong with the files themselves
+        name = next((k for k in weights.shapes if k.endswith("embed_tokens.weight")), None)
+        stored = weights.read(name, 1).dtype if name else torch.float32
+    chosen = choose_dtype(dtype, stored, torch.device(device))
+    settings = {"dtype": chosen, "local_files_only": True, "use_safetensors": True}
+    if device_map is not None:
+        settings["device_map"] = device_map
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report becomes an error of ours
+    try:
+        model, report = kind.from_pretrained(
+            checkpoint.folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ProbeError(f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {reason})") from error
+    finally:
+        logging.set_verbosity(before)
+    kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
+    wrong = [f"{len(report[key])} {said}: {_some(report[key])}" for said, key in kinds.items() if report[key]]
+    if wrong:
+        raise ProbeError(f"{checkpoint.folder}: the weights do not fit the config. {'; '.join(wrong)}")
+    return model if device_map is not None else model.to(device)
+
+
+def _some(keys: Any) -> str:
+    """Up to five keys; one of another shape is `(name, shape found, shape wanted)`."""
+    said = sorted(k if isinstance(k, str) else f"{k[0]} {list(k[1])} instead of {list(k[2])}" for k in keys)
+    return ", ".join(said[:_MOST]) + (f", and {len(said) - _MOST} more" if len(said) > _MOST else "")

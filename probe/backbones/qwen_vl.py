@@ -1,0 +1,103 @@
+"""Qwen2.5-VL (Bai et al., arXiv 2502.13923) on transformers' own class: patches at a picture's own size, M-RoPE.
+
+A picture keeps its shape and about its size, within a budget of pixels; every square of patches is one visual token.
+There are no newlines: where a token stands in its picture is said by rotary positions on three axes. Clips, which the
+model takes as well, are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+from probe.backbones import dimple_prompt as axes
+from probe.backbones import qwen_vl_config as names
+from probe.backbones.autoregressive import Autoregressive
+from probe.backbones.base import Features, LayerModules
+from probe.backbones.checkpoint import Checkpoint
+from probe.backbones.dimple_modules import encode_flops, tower_layers
+from probe.backbones.dimple_pixels import patches_of
+from probe.backbones.layout import Cells
+from probe.errors import ProbeError
+from probe.site import ModelFacts
+
+
+class QwenVL(Autoregressive):
+    """Qwen2.5-VL behind the adapter contract."""
+
+    native_class = Qwen2_5_VLForConditionalGeneration
+    ids_batch_axis = 1
+    preprocessing: names.QwenPixels
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, min_pixels: int | None = None, max_pixels: int | None = None, **options: Any
+    ) -> Self:
+        """As every autoregressive model; `min_pixels`, `max_pixels` replace the checkpoint's budget of pixels."""
+        model = super().from_checkpoint(checkpoint, **options)
+        model.preprocessing = names.preprocessing(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels)
+        return model
+
+    @classmethod
+    def facts_of(cls, checkpoint: Checkpoint) -> ModelFacts:
+        """Sizes from config.json alone."""
+        return names.facts_of(checkpoint)
+
+    def configure(self, checkpoint: Checkpoint) -> None:
+        """How pictures become patches, and the encoder's blocks."""
+        self.preprocessing = names.preprocessing(checkpoint)
+        self._encoder_layers = tower_layers(self.native.model.visual)
+
+    @property
+    def encoder_layers(self) -> Sequence[LayerModules]:
+        """The encoder's blocks, whose rows are patches in window order (`dimple_modules.windows`)."""
+        return self._encoder_layers
+
+    @property
+    def picture_id(self) -> int:
+        """The id of `<|image_pad|>`."""
+        return cast(int, self.native.config.image_token_id)
+
+    def place(self) -> str:
+        """`<|vision_start|><|image_pad|><|vision_end|>`, as the tokenizer spells them."""
+        config = self.native.config
+        ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+        return "".join(self._tokenizer().strings(ids))
+
+    def position_ids(self, position: Tensor) -> Tensor:
+        """`(batch, length, 3)` to `(3, batch, length)`; `(batch, length)`, the same on every axis, stays."""
+        return position.movedim(-1, 0) if position.ndim == 3 else position
+
+    def positions(self, ids: Sequence[int], layouts: Sequence[Any]) -> Tensor:
+        """`(P, 3)`: text counts up on all axes; a picture stands at one time, and its tokens at rows and columns."""
+        return axes.positions(ids, layouts).to(self.device)
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> Features:
+        """All pictures in one pass of the encoder: `projected (1, tokens, width)`, one picture after the other."""
+        if not images:
+            raise ProbeError("no picture to encode; leave the features out for a question without pictures")
+        pixels, grid = patches_of(images, self.preprocessing)
+        tower: Any = self.native.model.visual
+        weight = tower.patch_embed.proj.weight
+        merged = tower(pixels.to(weight.device, weight.dtype), grid_thw=grid.to(weight.device)).pooler_output
+        merge = self.preprocessing.merge
+        return Features(merged[None], tuple(axes.Grid(int(h) // merge, int(w) // merge) for _, h, w in grid))
+
+    def encode_flops(self, features: Features) -> float:
+        """The encoder with its windows, and the merger."""
+        merge = self.preprocessing.merge
+        grids = [(1, g.rows * merge, g.columns * merge) for g in cast(Sequence[axes.Grid], features.layout)]
+        return encode_flops(self.native.config.vision_config, torch.tensor(grids), 0)  # nothing behind the merger
+
+    @torch.no_grad()
+    def lay_out(self, features: Features) -> tuple[list[Tensor], Cells]:
+        """Visual tokens `(tokens, width)` of every picture, and the description of all of them in order."""
+        grids = cast(Sequence[axes.Grid], features.layout)
+        tokens = features.projected[0].split([grid.count for grid in grids])
+        return [t.to(self.device) for t in tokens], axes.cells_of(grids, range(len(grids)))

@@ -1,0 +1,82 @@
+"""What the command line's files share: consoles, arguments that several commands take, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from probe.recipe import Recipe
+
+out = Console()
+err = Console(stderr=True)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped recipe's name, or a trace to repeat.")
+]
+BackboneOption = Annotated[
+    str | None,
+    typer.Option("--backbone", "-b", help="Name, folder or Hub id; default: the recipe's, else `miniature`."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="NAME=VALUE", help="Turn a dial (keep=0.25) or a setting (generate.steps=8)."),
+]
+
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", help="A Python file with words of your own: scores, code probes, a backbone, ..."),
+]
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """`--picture WxH`: (width, height) in pixels."""
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ProbeError(f"--picture {text}: write WIDTHxHEIGHT in pixels, for example 640x480")
+    return int(width), int(height)
+
+
+def shard_of(text: str | None) -> tuple[int, int] | None:
+    """`--shard I/N`: (which, of how many)."""
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ProbeError(f"--shard {text}: write I/N with I from 0 to N-1, for example 0/4")
+    return int(index), int(count)
+
+
+def recipe_of(
+    recipe: str,
+    sets: list[str] | None,
+    *,
+    backbone: str | None = None,
+    data: str | None = None,
+    own_samples: bool = False,
+) -> Recipe:
+    """The recipe of a file, of a shipped name or of a trace, with what the command line changes of it."""
+    from probe.recipe import load_recipe, parse_recipe
+
+    overrides = list(sets or ())
+    if recipe.endswith((".h5", ".h5.partial")):
+        from probe.trace import open_trace
+
+        with open_trace(Path(recipe)) as trace:
+            if trace.header.extra.get("own_samples") and not own_samples:
+                raise ProbeError(f"{recipe} is of a picture and a question of your own; give --image and --ask again")
+            loaded = parse_recipe(trace.header.recipe_yaml, source=recipe, sets=overrides)
+    else:
+        loaded = load_recipe(recipe, overrides)
+    if backbone is not None:
+        loaded = loaded.model_copy(update={"backbone": backbone})
+    if data is not None:
+        is_file = data.endswith((".jsonl", ".json")) or Path(data).exists()
+        source = {"task": None, "file": data} if is_file else {"task": data, "file": None}
+        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=source)})
+    return loaded
