@@ -292,7 +292,7 @@ class Gatherer:
         """Take what a step decided; reduce its logits now, keep none of them."""
         i = len(self._steps)
         self._rows["confidence"][i] = torch.where(step.eligible, step.confidence, torch.nan)
-        bad = (step.eligible & ~step.confidence.isfinite()).sum(1)
+        bad = (step.eligible & step.confidence.isnan()).sum(1)
         if self._collected is not None:
             self._collected[step.clock.step] = (step.slots, step.logits)
         for probe in self._table.at(step.clock):

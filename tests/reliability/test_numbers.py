@@ -70,7 +70,7 @@ def test_some_slots_are_poisoned_and_the_others_are_decoded(
     with pytest.warns(NotFinite, match="first at logits"):
         result = probe.run(recording_recipe(), backbone=tiny, samples=samples_of(1), out=tmp_path, timed=False)
     with open_trace(result.trace) as trace:
-        assert trace.row("nonfinite", 0).tolist() == [1] * 4
+        assert set(trace.row("nonfinite", 0).tolist()) == {1}
         committed, token = trace.row("commit_step", 0), trace.row("token", 0)[-1]
         assert committed[0] == -1 and token[0] == tiny.special.mask and (committed[1:] >= 0).all()
 
