@@ -14,6 +14,7 @@ from hardship import ended, forked, needs_fork, samples_of
 from PIL import Image
 
 import probe
+import probe.vocabulary  # registers the signals
 from probe.data import Sample
 from probe.failures import free_memory, is_out_of_memory, reason_of
 from probe.registry import scores, signals
