@@ -28,7 +28,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 HEAD = """# Reference
 
 Every word that a recipe may use, written from the code by `python -m probe.reference`: do not change it by hand.
-[recipes.md](recipes.md) says how the words go together, [decoding.md](decoding.md) how an answer comes about,
+[recipes.md](recipes.md) says how the words go together, [backbones.md](backbones.md) which decoder is whose,
 [python.md](python.md) how to add words of one's own.
 
 In a signature, what stands before `*` is given by the engine; what stands behind it may be set in a recipe.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 
 from probe.compile import compile_recipe
 from probe.decoding.rule import Rule
@@ -120,7 +121,10 @@ def alike(patient: Patient, a: Generated, b: Generated, where: str, names: Seque
         expect(x.shape == y.shape, f"{where}: `{name}` has the shapes {x.shape} and {y.shape}")
         expect(bool((np.isnan(x) == np.isnan(y)).all()), f"{where}: `{name}` is not known at the same places")
         for steps, allowed in ((slice(0, 1), patient.tolerance), (slice(1, None), 10 * patient.tolerance)):
-            differ = float(np.nanmax(np.abs(x[steps] - y[steps]), initial=0.0))
+            known = ~np.isnan(x[steps])
+            if not known.any():
+                continue
+            differ = patient.apart(*(torch.from_numpy(v[steps][known]) for v in (x, y)))
             expect(differ <= allowed, f"{where}: `{name}` differs by {differ:.1e}; {allowed:.0e} may be")
             gap = max(gap, differ if steps.start == 0 else 0.0)
     return gap

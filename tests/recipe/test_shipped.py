@@ -33,7 +33,7 @@ def test_shipped_recipes_compile_and_explain_themselves(name: str, facts: ModelF
     assert recipe.about
     assert name.rsplit("/", 1)[-1] == recipe.name
     assert parse_recipe(recipe.to_yaml()) == recipe
-    assert compile_recipe(recipe, facts).probes
+    assert compile_recipe(recipe, facts).probes or name.startswith("decode/")  # these say how to decode
     said = explain(recipe, facts, 144, steps=24)
     assert all(probe.name in said for probe in recipe.probes)
     assert "used nowhere" not in said
