@@ -13,7 +13,6 @@ from probe.decoding.fit import misfit
 from probe.decoding.policy import Caching, Length, Unmasking
 from probe.decoding.rule import Rule
 from probe.decoding.unmask import Remasking
-from probe.errors import ProbeError
 from probe.recipe import Part, Recipe
 from probe.recipe_words import Wrong
 from probe.registry import Registry, cachings, lengths, nearest, unmaskings
@@ -155,14 +154,3 @@ def _given_answer(backbone: Backbone, recipe: Recipe) -> list[int | None] | None
             raise recipe.fault(("generate", "answer", slot), f"{words}; one token belongs at each slot")
         slots[slot] = ids[0]
     return slots
-
-
-def check_fits(backbone: Backbone, rule: Rule, prompt_length: int) -> None:
-    """Raise `ProbeError` where a sample does not fit the model's context, if the model says how long that is."""
-    limit = getattr(backbone.lm.config, "max_position_embeddings", None)
-    total = prompt_length + rule.gen_length + len(rule.suffix)
-    if limit is not None and total > limit:
-        raise ProbeError(
-            f"the sample has {prompt_length} positions and {rule.gen_length} answer slots, {total} in all; "
-            f"{backbone.facts.name} has {limit} positions"
-        )

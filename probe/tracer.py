@@ -111,9 +111,7 @@ class Tracer:
         self.flops.append(state.flops)
         drawn_over = request.canvas.layout if request.work.prompt == "all" else self._computed
         places = drawn_over.locate(request.rows)
-        return PassResult(
-            logits, state.canvas_after, drawn_over.length, places, state.on_cache, state.chosen
-        )
+        return PassResult(logits, state.canvas_after, drawn_over.length, places, state.on_cache, state.chosen)
 
     def observe(self, step: Step) -> None:
         """The loop has decided: what conditions wait for."""
