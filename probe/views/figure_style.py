@@ -41,7 +41,7 @@ ROLE_COLOURS: dict[str, str] = {
     "merged": SKY,
     "withdrawn": BLUE,
     "skipped": VERMILION,
-    "evicted": PURPLE,
+    "evicted": GREEN,
     # phases of a pass
     "encode": ORANGE,
     "backbone": BLUE,

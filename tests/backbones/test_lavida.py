@@ -369,7 +369,7 @@ def test_recipes_run_on_the_published_decoder(asked, kind, cache):
 def test_decoding_as_evaluated_is_the_default(asked, kind):
     model, _ = asked[kind]
     rule = rule_for(model, load_recipe("random", ["generate.gen_length=8"]), {}, pictures=True)
-    dream = Dream(alg="topk_margin", top_k=50, capped=True)
+    dream = Dream(algorithm="topk_margin", top_k=50, capped=True)
     assert rule.caching == PrefixLM()
     assert rule.unmasking == (dream if kind == "dream" else LavidaLlada())
     assert (rule.block_length, rule.steps, rule.nominal_steps) == (8, 8, 8)

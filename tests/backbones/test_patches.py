@@ -43,6 +43,7 @@ def check(layout: Any, found: Patches) -> None:
     st.integers(20, 900), st.integers(20, 900), st.sampled_from([(48, 8), (50, 7), (56, 14)]),
     st.sampled_from(POOLS), st.sampled_from([None, 1, 2]),
 )  # fmt: skip
+@pytest.mark.slow
 def test_tiles(width: int, height: int, sizes: tuple[int, int], pool: str | None, limit: int | None) -> None:
     layout = Tiled(Tiling(geometry(*sizes, pool, limit), width, height))
     found = patches_of(layout)

@@ -153,7 +153,14 @@ def test_ones_own_data_goes_on_after_a_damaged_picture(tmp_path: Path) -> None:
         assert "bad.png" in str(trace.array("failed")[1])
 
 
+FRAGMENTS = [info.name for info in shipped_recipes() if info.name.startswith("decode/")]
+"""Settings for other recipes to include, some for one kind of model; they have tests of their own."""
 ASKING_THE_TEXT = [info.name for info in shipped_recipes() if "text_image" in info.path.read_text()]
+
+
+def test_a_recipe_without_its_weights_says_so(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["run", "prune/dyvte", "--limit", "1", "--out", str(tmp_path)])
+    assert done.exit_code != 0
 
 
 @pytest.mark.parametrize("name", ASKING_THE_TEXT)
@@ -162,7 +169,10 @@ def test_recipes_that_need_a_text_tower_say_so(name: str) -> None:
         CliRunner().invoke(app, ["run", name, "--limit", "1"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("name", [i.name for i in shipped_recipes() if i.name not in ASKING_THE_TEXT])
+ELSEWHERE = [*ASKING_THE_TEXT, *FRAGMENTS, "prune/dyvte"]
+
+
+@pytest.mark.parametrize("name", [i.name for i in shipped_recipes() if i.name not in ELSEWHERE])
 def test_every_shipped_recipe_runs(name: str, tmp_path: Path) -> None:
     invoke("run", name, "--limit", "2", "--out", tmp_path, "--no-time", "--data", "world/short")
     assert list(tmp_path.glob("*.trace.h5"))

@@ -53,6 +53,7 @@ def test_header_and_variables_come_back(trace_path: Path) -> None:
                 assert getattr(stored, part) == getattr(v, part)
         assert trace.variables["visual_kept"].flags == {
             "kept": 1, "dropped": 2, "merged": 3, "withdrawn": 4, "masked": 5, "skipped": 6,
+            "evicted": 7,
         }  # fmt: skip
 
 

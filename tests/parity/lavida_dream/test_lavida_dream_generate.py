@@ -25,7 +25,7 @@ def rule_of(case: dict[str, Any], mask: int) -> Rule:
     settings |= case.get("resolved", case.get("expected", {}).get("resolved", {}))
     length = settings["max_new_tokens"]
     unmasking = Dream(
-        alg=settings["alg"],
+        algorithm=settings["alg"],
         alg_temp=settings.get("alg_temp") or None,
         top_p=settings["top_p"],
         top_k=settings["top_k"],
