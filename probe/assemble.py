@@ -133,7 +133,7 @@ ALWAYS: tuple[Variable, ...] = (
     ),
     Variable(
         "nonfinite", ("step",), "1",
-        "values of the step that are NaN or infinite where a number was due: open slots, recorded signals",
+        "values of the step that are NaN or infinite where a number was due: open slots, signals, scores of tokens",
         "number of v with v not finite", dtype="int32",
     ),
     Variable(
@@ -410,7 +410,7 @@ class Gatherer:
                 continue
             stacked = torch.stack([v for _, v in items]).float().cpu().numpy()
             if name.startswith(NONFINITE):  # counts that an edit noted of its scores
-                np.add.at(bad, [place[k[0]] for k, _ in items], stacked.reshape(len(items), -1).sum(1).astype(np.int32))
+                np.add.at(bad, [place[k[0]] for k, _ in items], stacked.astype(np.int32))
                 continue
             wrong = nonfinite(stacked, self._variables[name].dims if name in self._variables else ())
             np.add.at(bad, [place[k[0]] for k, _ in items], wrong)
@@ -432,6 +432,17 @@ class Gatherer:
             out[name] = array
         if bad.any():
             out["nonfinite"] = bad + self._bad_slots(sample, [i for i, s in enumerate(self._steps) if s.active[sample]])
+        return out
+
+    def nan_scores(self, recorder: Recorder, sample: int) -> dict[str, int]:
+        """The first step at which an intervention's score held NaN, by probe; steps count as in the arrays."""
+        place = {p: i for i, p in enumerate(self.passes(sample))}
+        out: dict[str, int] = {}
+        for name, values in recorder.values.items():
+            if name.startswith(f"{NONFINITE}."):
+                counts = torch.stack([count[sample] for count in values.values()]).tolist()
+                steps = [place[k[0]] for k, n in zip(values, counts, strict=True) if n and k[0] in place]
+                out |= {name.removeprefix(f"{NONFINITE}."): min(steps)} if steps else {}
         return out
 
     @staticmethod

@@ -189,6 +189,7 @@ class _Choosing:
                 k: _one_or_all(score, k, tuple(self._scorer(c) for c in calls)) for k, calls in score.nested.items()
             }
             value = self._call(score, params, {"n": self.n}, self.everyone, nested)
+            self.source.doubt(value)
             self._values[key] = value.to(self.source.device)
         return self._values[key]
 

@@ -40,6 +40,8 @@ class Encoded:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     unpruned: int | None = None
     """Visual tokens of the pictures as they came, where the encoder was shown smaller ones."""
+    nan_scores: dict[str, int] = field(default_factory=dict)
+    """How many values of its scores were NaN, by probe; those without one are left out."""
 
     def assemble(self, backbone: Backbone, question: str, *, think: bool = False) -> Prompt:
         """The sample as the language model meets it; its budget is that of the pictures as they came."""
@@ -100,7 +102,15 @@ def encode_with_probes(
     if not state.state.pristine:
         features = replace(features, survivors=state.state.survivors())
     arrays = state.arrays if whole is None else state.arrays | {"visual_original": np.array(whole)}
-    return Encoded(features, float(state.flops["encode"]), float(state.flops["probe"]), arrays, whole)
+    doubts = {name: int(count) for name, count in state.doubts.items()}
+    return Encoded(
+        features,
+        float(state.flops["encode"]),
+        float(state.flops["probe"]),
+        arrays,
+        whole,
+        {name: count for name, count in doubts.items() if count},
+    )
 
 
 def resized(images: Sequence[Image.Image], table: ProbeTable, *, clip: bool = False) -> Sequence[Image.Image]:

@@ -40,11 +40,16 @@ def nonfinite(values: np.ndarray, dims: Sequence[str]) -> np.ndarray:
 
 
 def where_first(
-    arrays: Mapping[str, np.ndarray], table: ProbeTable, dims: Mapping[str, Sequence[str]], nominal_steps: int
+    arrays: Mapping[str, np.ndarray],
+    table: ProbeTable,
+    dims: Mapping[str, Sequence[str]],
+    nominal_steps: int,
+    nan_scores: Mapping[str, int],
 ) -> str | None:
     """The first step of a sample with values that are no numbers, how many, and the site; None if there is none.
 
-    `dims` are the axes of the recorded variables, `nominal_steps` what the rule asked for.
+    `dims` are the axes of the recorded variables, `nominal_steps` what the rule asked for;
+    `nan_scores` the first step at which an intervention's score held NaN, by probe.
     """
     counts = arrays.get(NONFINITE)
     if counts is None or not counts.any():
@@ -52,6 +57,9 @@ def where_first(
     step = int(np.flatnonzero(counts)[0])
     what = f"step {step}: {int(counts[step])} values are NaN or infinite"
     for probe in table.probes:
+        at = probe.site.value + ("" if probe.layer is None else f", layer {probe.layer}")
+        if nan_scores.get(probe.name) == step:
+            return f"{what}, first in the score of probe `{probe.name}` at {at}"
         if probe.site is Site.LOGITS or probe.site.in_encoder:
             continue
         if not probe.steps.includes(int(arrays["nominal_step"][step]), nominal_steps):
@@ -61,6 +69,5 @@ def where_first(
                 here = arrays[record.name][step]
                 value = here if probe.layer is None else here[probe.layer]
                 if nonfinite(value[None], dims[record.name])[0]:
-                    layer = "" if probe.layer is None else f", layer {probe.layer}"
-                    return f"{what}, first in `{record.name}` at {probe.site.value}{layer}"
+                    return f"{what}, first in `{record.name}` at {at}"
     return f"{what}, first at {Site.LOGITS.value}"

@@ -35,6 +35,9 @@ class Imagined:
     def spend(self, flops: int) -> None:
         """Nobody pays."""
 
+    def doubt(self, score: Tensor) -> None:
+        """Nothing imagined is a finding."""
+
     def _values(self, *shape: int) -> Tensor:
         drawn = torch.randn(*shape, generator=self._draw)
         return (4 * drawn).exp() if self.wild else drawn.sigmoid()

@@ -357,7 +357,8 @@ def _one_sample(
     clean = {side.path: unrecorded(side) for side in again} if recording else results
     for side in sides:
         dims = {v.name: v.dims for v in recorded_variables(side.table)}
-        where = where_first(results[side.path].arrays, side.table, dims, rule.steps)
+        done = results[side.path]
+        where = where_first(done.arrays, side.table, dims, rule.steps, done.nan_scores)
         if where is not None and side.label not in warned:
             warned.add(side.label)
             told = f"{side.label}, sample {number}, {where}; `{NONFINITE}` in the trace counts them"
@@ -374,6 +375,8 @@ class _Seen:
     """By phase: `encode` and `probe`."""
     flops: Mapping[str, float]
     arrays: Mapping[str, np.ndarray]
+    nan_scores: Mapping[str, int]
+    """How many values of its scores were NaN, by probe."""
 
 
 def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, *, think: bool) -> _Seen:
@@ -395,24 +398,26 @@ def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, 
     spent = watch.drain()
     seconds = {phase: sum(s for (_, p), s in spent.items() if p == phase) for phase in flops}
     if done is None:
-        return _Seen(backbone.assemble(sample.question, None, think=think), seconds, flops, {})
-    return _Seen(done.assemble(backbone, sample.question, think=think), seconds, flops, done.arrays)
+        return _Seen(backbone.assemble(sample.question, None, think=think), seconds, flops, {}, {})
+    return _Seen(done.assemble(backbone, sample.question, think=think), seconds, flops, done.arrays, done.nan_scores)
 
 
 def _charged(result: Generated, seen: _Seen) -> Generated:
     """A result with its share of the encoding, and what was recorded there."""
     arrays = {**result.arrays, **seen.arrays}
-    seconds, flops = arrays["seconds"].copy(), arrays["flops"].copy()
+    seconds, flops, nonfinite = (arrays[name].copy() for name in ("seconds", "flops", NONFINITE))
+    nonfinite[0] += sum(seen.nan_scores.values())
     for phase in ("encode", "probe"):
         seconds[0, PHASES.index(phase)] += seen.seconds[phase]
         flops[0, PHASES.index(phase)] += seen.flops[phase]
     arrays |= {
         "seconds": seconds,
         "flops": flops,
+        NONFINITE: nonfinite,
         "seconds_total": arrays["seconds_total"] + sum(seen.seconds.values()),
         "flops_total": arrays["flops_total"] + sum(seen.flops.values()),
     }
-    return replace(result, arrays=arrays)
+    return replace(result, arrays=arrays, nan_scores=result.nan_scores | dict.fromkeys(seen.nan_scores, 0))
 
 
 def _compared(side: _Side, result: Generated, clean: Generated | None, number: int) -> Generated:

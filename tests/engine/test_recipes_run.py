@@ -90,6 +90,7 @@ def test_a_recipe_runs_and_keeps_what_it_says(name: str, miniature: Backbone, ro
         np.testing.assert_array_equal(fates, alone.arrays["visual_kept"])
         assert set(np.unique(fates)) <= {int(f) for f in Fate}
         assert fates.shape[2] == prompt.n_visual
+        assert (together[i].arrays["nonfinite"] == 0).all() and not together[i].nan_scores
         kept = (fates == int(Fate.KEPT)).sum(-1)
         assert (counts >= kept).all()
         planned(recipe, prompt.n_visual, kept)

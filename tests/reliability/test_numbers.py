@@ -22,8 +22,10 @@ from probe.decoding import unmask
 from probe.finite import NotFinite, nonfinite
 from probe.generate import generate
 from probe.loop import Rule
+from probe.recipe import parse_recipe
+from probe.registry import scores
 from probe.selections import greedy_diverse, ranked, top_k
-from probe.site import SEGMENTS
+from probe.site import SEGMENTS, Fate
 from probe.trace import open_trace, verify
 
 NAN, INF = float("nan"), float("inf")
@@ -73,6 +75,49 @@ def test_some_slots_are_poisoned_and_the_others_are_decoded(
         assert set(trace.row("nonfinite", 0).tolist()) == {1}
         committed, token = trace.row("commit_step", 0), trace.row("token", 0)[-1]
         assert committed[0] == -1 and token[0] == tiny.special.mask and (committed[1:] >= 0).all()
+
+
+SCORED = """
+schema: 1
+name: doubtful
+data: {task: world/short, limit: 1}
+probes:
+  - {name: prune, at: AT, score: half_nan, select: {top_k: {keep: 0.25}}, do: drop}
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "place"),
+    [
+        ("{site: layer.input, layer: 1, steps: {from: 1}}", 1, "layer.input"),
+        ("{site: encoder.output}", 0, "encoder.output"),
+    ],
+)
+def test_scores_of_visual_tokens_that_are_nan_are_counted_said_and_rank_last(
+    at: str, step: int, place: str, tiny: Any, tmp_path: Path
+) -> None:
+    @scores.register
+    def half_nan(n: int) -> torch.Tensor:
+        """Worth nothing, in the first half not even a number."""
+        out = torch.zeros(n)
+        out[: n // 2] = NAN
+        return out
+
+    try:
+        recipe = parse_recipe(SCORED.replace("AT", at))
+        with pytest.warns(NotFinite, match=rf"step {step}: .*score of probe `prune` .*{place}") as heard:
+            result = probe.run(recipe, backbone=tiny, samples=samples_of(1), out=tmp_path, timed=False)
+    finally:
+        del scores._entries["half_nan"]
+    assert len([w for w in heard if issubclass(w.category, NotFinite)]) == 1
+    with open_trace(result.trace) as trace:
+        counts = trace.row("nonfinite", 0)
+        assert (counts[:step] == 0).all() and counts[step] > 0
+        if place == "layer.input":
+            n = int(trace.row("visual_original", 0))
+            assert (counts[step:] == n // 2).all()
+            fates = trace.row("visual_kept", 0)[step, 1]
+            assert (fates[: n // 2] != int(Fate.KEPT)).all() and (fates == int(Fate.KEPT)).sum() == n // 4
 
 
 def test_a_whole_model_has_no_such_values(tiny: Any, tmp_path: Path) -> None:
