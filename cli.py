@@ -1,7 +1,7 @@
 """The command line: parses, calls `probe.*`, prints.
 
-Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones and traces, and those for
-people who write pruners, stand in `probe/cli_backbones.py`, `probe/cli_traces.py` and `probe/cli_tools.py`.
+Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones, sweeps and traces, and
+those for people who write pruners, stand in `probe/cli_backbones.py`, `cli_sweep.py`, `cli_traces.py`, `cli_tools.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from probe import cli_backbones, cli_tools, cli_traces
+from probe import cli_backbones, cli_sweep, cli_tools, cli_traces
 from probe.cli_common import (
     BackboneOption,
     PluginOption,
@@ -159,6 +159,7 @@ def recipes(
     out.print(text, highlight=False, markup=False, soft_wrap=True, end="")
 
 
+app.command()(cli_sweep.sweep)
 app.add_typer(cli_tools.app)
 app.add_typer(cli_backbones.app)
 app.add_typer(cli_traces.app)
