@@ -175,11 +175,12 @@ class _Foreseeing:
                 whole = now
                 skipping = [p for p in firing if p.layer == layer and self._skips(p)]
                 now = self._all([p for p in firing if p not in skipping], Site.LAYER_INPUT, layer, now, clock)
-                around, as_keys = bool(skipping), any(p.edit.do.params(clock)["as_keys"] for p in skipping if p.edit)
-                rows = 0 if around and not as_keys else now.there
-                out[:2, step, layer] = 0 if rows == 0 else now.seen, rows
+                left = self._staying(skipping, now, clock)
+                around = left < now.seen
+                as_keys = any(p.edit.do.params(clock)["as_keys"] for p in skipping if p.edit)
+                out[:2, step, layer] = (now.seen, now.there) if as_keys or not around else (left, left)
                 now = self._all(firing, Site.LAYER_AFTER_ATTENTION, layer, now, clock)
-                out[2, step, layer] = 0 if around else now.there
+                out[2, step, layer] = left if around else now.there
                 now = self._all(firing, Site.LAYER_OUTPUT, layer, now, clock)
                 if around:
                     now = whole if now.there == 0 else now
@@ -188,6 +189,11 @@ class _Foreseeing:
             hidden = hidden + (stays - now.stay) if masks else hidden
             stays = now.stay
         return out[0], out[1], out[2]
+
+    def _staying(self, skipping: Sequence[BoundProbe], now: _After, clock: Clock) -> int:
+        """How many tokens do not go around a layer."""
+        plans = [self.plan(p, now.seen, self.setting.visual, clock) for p in skipping] if now.seen else []
+        return min([now.seen, *(p.kept.shape[0] for p in plans if p is not None)])
 
     @staticmethod
     def _skips(probe: BoundProbe) -> bool:

@@ -25,7 +25,7 @@ one mapping of everything that it was given. `reads=function of the parameters` 
 
 from __future__ import annotations
 
-from probe.scores.attention import attention, heads_with_most
+from probe.scores.attention import attention, heads_with_most, mass
 from probe.scores.combine import Scorer, combine
 from probe.scores.learned import learned
 from probe.scores.norm import norm
@@ -44,6 +44,7 @@ __all__ = [
     "features",
     "heads_with_most",
     "learned",
+    "mass",
     "norm",
     "ones_attention",
     "random",
