@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from probe.registry import selections
-from probe.scores import Scorer
+from probe.registry import Nested, selections
 from probe.selections.counts import Keep, OptionalKeep, Rounding
 from probe.selections.ranking import ranked
 from probe.site import Choice
+
+Scorer = Annotated[Callable[[], Tensor], Nested("score")]
+"""A score `(n,)` of the tokens to choose from, as a parameter."""
 
 
 def _flops(given: Mapping[str, Any]) -> int:
