@@ -94,6 +94,14 @@ class ProbeTable:
         """The probes that act while pictures are encoded, once per sample, in the recipe's order."""
         return tuple(p for p in self.probes if p.site.in_encoder)
 
+    def shown(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) at which the encoder is shown a picture, for its own: less where probes shrink it."""
+        for probe in self.probes:
+            if probe.site is Site.IMAGES and probe.edit is not None:
+                do = probe.edit.do
+                size = do.entry.function(size, **do.variants[0])
+        return size
+
     @property
     def edits(self) -> tuple[BoundProbe, ...]:
         """The probes that intervene."""

@@ -26,13 +26,17 @@ TEXT = 40
 
 @dataclass(frozen=True)
 class Setting:
-    """What a forecast is for: a sample's visual tokens, nominal steps, answer slots, and the name of the cache."""
+    """What a forecast is for: a sample's visual tokens, nominal steps, answer slots, and the name of the cache.
+
+    `shown` are the visual tokens of the smaller pictures that probes at `images` make, where that is known.
+    """
 
     visual: int
     steps: int
     slots: int
     cache: str = "none"
     text: int = TEXT
+    shown: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class _Foreseeing:
     def patches_left(self) -> float:
         """The share of a view's patches that the encoder hands on."""
         patches = self.facts.patches
-        for probe in (p for p in self.table.encoder if p.site is Site.IMAGES):
+        for probe in (p for p in self.table.encoder if p.site is Site.IMAGES and self.setting.shown is None):
             self.unsure[probe.name] = "how many tokens a smaller picture has is the model's own rule, so it is left out"
         if not self.table.encoder or not patches:
             return 1.0
@@ -162,7 +166,8 @@ class _Foreseeing:
 
     def run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`(step, layer)` tokens seen, rows at the attention and rows at the MLP (visual ones)."""
-        start = round(self.patches_left() * self.setting.visual)
+        shown = self.setting.visual if self.setting.shown is None else self.setting.shown
+        start = round(self.patches_left() * shown)
         layers, steps = self.facts.layers, self.setting.steps
         out = np.zeros((3, steps, layers), dtype=int)
         stays, hidden = start, 0
