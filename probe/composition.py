@@ -8,7 +8,7 @@ from probe.compile import BoundProbe, ProbeTable, compile_recipe
 from probe.decoding.dllm_cache import DllmCache
 from probe.decoding.fit import misfit, name_of
 from probe.decoding.policy import Caching
-from probe.generation import policies
+from probe.generation import check_cache, policies
 from probe.inputs import reads_prompt
 from probe.recipe import Recipe
 from probe.site import Clock, ModelFacts, Phase, Site
@@ -22,6 +22,8 @@ def check_without_weights(recipe: Recipe, facts: ModelFacts) -> None:
     shift = None if adapter.shift_varies else adapter.shift
     if shift is not None and (found := misfit(unmasking, caching, shift=shift, causal=adapter.causal)) is not None:
         raise recipe.fault(("generate", found[0]), found[1])
+    if hasattr(adapter, "defaults") or recipe.generate.cache is not None:
+        check_cache(recipe, caching)
     table = compile_recipe(recipe, facts)
     check_composition(recipe, table, caching, recipe.generate.steps or defaults.steps)
 

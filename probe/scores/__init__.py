@@ -26,7 +26,7 @@ one mapping of everything that it was given. `reads=function of the parameters` 
 from __future__ import annotations
 
 from probe.scores.attention import attention, heads_with_most, mass
-from probe.scores.combine import Scorer, combine
+from probe.scores.combine import Scorer, Vectors, combine
 from probe.scores.learned import learned
 from probe.scores.norm import norm
 from probe.scores.position import center, random, thumbnail, uniform
@@ -38,6 +38,7 @@ from probe.scores.transport import transport
 
 __all__ = [
     "Scorer",
+    "Vectors",
     "attention",
     "center",
     "combine",

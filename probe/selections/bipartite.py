@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -50,7 +51,7 @@ def bipartite(
     protected: Tensor,
     size: Tensor,
     *,
-    r: int | None = None,
+    r: Annotated[int, Field(ge=0)] | None = None,
     keep: OptionalKeep = None,
     round: Rounding = "floor",
     rounds: Literal["one", "until"] = "one",
