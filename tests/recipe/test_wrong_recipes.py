@@ -12,7 +12,7 @@ from probe.backbones import facts_of
 from probe.compile import compile_recipe
 from probe.composition import check_without_weights
 from probe.errors import ProbeError
-from probe.recipe import parse_recipe
+from probe.recipe import load_recipe, parse_recipe
 from probe.registry import scores
 
 HEAD = "schema: 1\nname: wrong\ndial: {keep: 25%}\nprobes:\n"
@@ -336,6 +336,16 @@ def test_what_waits_for_a_cache_is_refused_before_anything_runs(name: str) -> No
     assert re.match(r"x\.yaml:6:\d+: probe `prune`: ", str(error.value))
     assert wrong in str(error.value)
     check_without_weights(parse_recipe(text, sets=["generate.cache=prefix"]), facts_of("miniature"))
+
+
+def test_looking_ahead_from_an_answer_that_a_prefill_has_not_is_refused() -> None:
+    """On LaViDa by its own cache, elsewhere where one asks for it."""
+    recipe = load_recipe("layer_skip_when_unseen")
+    check_without_weights(recipe, facts_of("miniature"))
+    for backbone, sets in (("miniature", ["generate.cache=prefix"]), ("jacklishufan/lavida-dream-v1.0-instruct", [])):
+        chosen = recipe.with_sets([f"backbone={backbone}", *sets])
+        with pytest.raises(ProbeError, match=r":\d+:\d+: probe `skip`: looks ahead from `answer` rows.*`prefix`"):
+            check_without_weights(chosen, facts_of(backbone))
 
 
 def test_rows_of_a_part_of_ones_own_are_checked_whatever_its_annotation() -> None:
