@@ -115,15 +115,13 @@ def encode_with_probes(
 
 def resized(images: Sequence[Image.Image], table: ProbeTable, *, clip: bool = False) -> Sequence[Image.Image]:
     """The pictures that the encoder is shown: the very ones that came, or made smaller by probes at `images`."""
-    for probe in (p for p in table.encoder if p.site is Site.IMAGES and p.edit is not None):
-        assert probe.edit is not None
-        if clip:
-            raise ProbeError(f"probe `{probe.name}` ({probe.place}) makes pictures smaller, not the frames of a clip")
-        options = probe.edit.do.variants[0]
-        sizes = [probe.edit.do.entry.function(image.size, **options) for image in images]
-        if any(image.size != size for image, size in zip(images, sizes, strict=True)):
-            images = [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, sizes, strict=True)]
-    return images
+    probe = next((p for p in table.encoder if p.site is Site.IMAGES and p.edit is not None), None)
+    if probe is not None and clip:
+        raise ProbeError(f"probe `{probe.name}` ({probe.place}) makes pictures smaller, not the frames of a clip")
+    sizes = [table.shown(image.size) for image in images]
+    if all(image.size == size for image, size in zip(images, sizes, strict=True)):
+        return images
+    return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, sizes, strict=True)]
 
 
 def _attach(backbone: Backbone, state: EncoderPass) -> list[Any]:

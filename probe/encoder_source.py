@@ -92,6 +92,7 @@ class TokensOfViews:
             case "text_features":
                 return self.text()
             case "image_features":
+                self.spend(self.backbone.text_space_flops(self.numbers.shape[0]))
                 return self.backbone.text_space(self.give("hidden", params))
             case "row":
                 return torch.arange(self.numbers.shape[0], device=self.device)

@@ -70,7 +70,8 @@ class Imagined:
             case "keys":
                 return self._values(2, n, width)
             case "received":
-                return self._values(1 if params.get("form") == "head_mean_logits" else self.heads, n)
+                many = self._values(1 if params.get("form") == "head_mean_logits" else self.heads, n)
+                return many if self.wild else many / (1000 * n)  # far apart, for thresholds lie between
             case "attended":
                 return self._values(text, n)
             case "rotary_received":

@@ -697,7 +697,11 @@ class PassState:
         if layer is None:
             return False
         for name, params in asked(edit, self.clock):
-            if name not in ("received", "attended") or params.get("projected"):
+            if name not in ("received", "attended"):
+                continue
+            if params.get("projected"):
+                if self.looking.absent(params["queries"], self.layout):
+                    return True
                 continue
             if not self.looking.has(attended(layer + params.get("layer", 0), params)):
                 return True

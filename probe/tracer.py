@@ -25,7 +25,7 @@ from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult, Step
 from probe.pass_state import Kit, PassState
-from probe.probe_code import CodeProbe, run_traced
+from probe.probe_code import CodeProbe, CodeRows, run_traced
 from probe.site import Clock, Site
 from probe.store import KeyStore
 from probe.timing import Stopwatch
@@ -162,7 +162,8 @@ class Tracer:
             if delta is not None:
                 stack.enter_context(replaced(state, delta))
             if code:
-                hidden, saved = run_traced(self.kit.backbone, inputs, code, request.clock)
+                rows = CodeRows(*(x.repeat(state.streams, 1) for x in (state.layout.visual, state.layout.role)))
+                hidden, saved = run_traced(self.kit.backbone, inputs, code, request.clock, rows)
                 for probe in (c for c in code if c.name in saved):
                     value = probe.per_sample(saved[probe.name], state.batch)
                     self.kit.recorder.add(probe.name, request.clock.pass_index, None, value)
