@@ -146,7 +146,7 @@ def answer_beside(
             asked.keys(key)
         for request in asked.requests:
             for first in range(0, request.rows.shape[1], CHUNK):
-                rows = request.rows[:, first : first + CHUNK]
+                rows = request.rows[:, first : first + CHUNK].to(key.device)
                 query = queries(rows)
                 scale = getattr(attention, "scaling", query.shape[-1] ** -0.5)
                 seen = mask
@@ -171,7 +171,7 @@ def _answer_requests(
             asked.queries(query)
         for request in asked.requests:
             for first in range(0, request.rows.shape[1], CHUNK):
-                rows = request.rows[:, first : first + CHUNK]
+                rows = request.rows[:, first : first + CHUNK].to(query.device)
                 again = bool(asked.reweighting)
                 seen = _with_bias(mask, rows, asked.reweighting) if again else mask
                 weights = attention_rows(query, key, rows, seen, scale, request.form, mask_is_of_rows=again)
@@ -182,8 +182,8 @@ def _with_bias(mask: Tensor | None, rows: Tensor, reweighting: Sequence[Reweight
     """The mask of a chunk of rows `(batch, 1 or head, row, key)` as numbers to be added, reweighting included."""
     total: Tensor | float = 0.0
     for one in reweighting:
-        hit = (rows[:, :, None] == one.rows[:, None]).any(-1)
-        total = total + hit[:, None, :, None] * one.bias[:, None, None]
+        hit = (rows[:, :, None] == one.rows.to(rows.device)[:, None]).any(-1)
+        total = total + hit[:, None, :, None] * one.bias.to(rows.device)[:, None, None]
     assert isinstance(total, Tensor)
     if mask is None:
         return total
@@ -203,7 +203,7 @@ def _reweight(
 
     `again(query, mask)` is the kernel over the same keys and values.
     """
-    for rows in (chunk for one in asked.reweighting for chunk in one.rows.split(CHUNK, 1)):
+    for rows in (chunk.to(query.device) for one in asked.reweighting for chunk in one.rows.split(CHUNK, 1)):
         chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         fresh = again(chosen, _with_bias(mask, rows, asked.reweighting).to(query.dtype))
         output = output.scatter(1, rows[:, :, None, None].expand_as(fresh), fresh)

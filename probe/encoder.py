@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probe.backbones import visual_count
 from probe.backbones.base import Backbone, Features, Prompt
+from probe.backbones.placement import device_of
 from probe.compile import ProbeTable
 from probe.encoder_pass import EncoderPass
 from probe.encoder_state import ViewState
@@ -66,14 +67,15 @@ def encode_with_probes(
     see = backbone.encode_video if clip else backbone.encode_images
     shrunk, whole = resized(images, table, clip=clip), None
     if shrunk is not images:
-        images, whole = shrunk, visual_count(backbone.source, [image.size for image in images])
+        sizes = [image.size for image in images]
+        images, whole = shrunk, visual_count(backbone.source, sizes, **backbone.load_options)
     if all(p.site is Site.IMAGES for p in table.encoder):
         features = see(images)
         return Encoded(features, backbone.encode_flops(features), unpruned=whole)
     dims, projector = backbone.encoder_cost, backbone.projector
     if dims is None or projector is None:
         raise ProbeError(f"no probe can act in the encoder of {backbone.facts.name}: its adapter does not say how")
-    device = next(backbone.encoder_layers[0].layer.parameters()).device
+    device = device_of(backbone.encoder_layers[0].layer)
     views = backbone.views(images, clip=clip)
 
     @cache

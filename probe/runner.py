@@ -347,7 +347,7 @@ class _Seen:
 
 def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, *, think: bool) -> _Seen:
     """Encode a sample's pictures or clip under a table's probes, and lay the prompt out."""
-    watch = Stopwatch(next(backbone.parameters()).device)
+    watch = Stopwatch(backbone.device)
     done: Encoded | None = None
     with watch.section("encode"):
         if sample.pictures:

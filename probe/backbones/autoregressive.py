@@ -9,7 +9,7 @@ they stand.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self, cast
 
@@ -24,6 +24,7 @@ from probe.backbones.causal import keep_causal
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.layout import Cells
 from probe.backbones.native import load_native, native_config
+from probe.backbones.placement import device_of
 from probe.backbones.pruned import join, prompt_of_survivors
 from probe.backbones.sequence import text_alone, with_pictures
 from probe.backbones.splice import IMAGE
@@ -87,19 +88,23 @@ class Autoregressive(Backbone):
         attention: str | None = None,
         encoder_attention: str | None = None,
         special: SpecialIds | None = None,
-        device_map: Any = None,
+        device_map: object = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        tp_plan: str | None = None,
     ) -> Self:
         """Build the native class with every tensor of the checkpoint: none missing, none left over.
 
         `encoder_attention` is the image encoder's kernel (default: `attention`); `special` replaces the ids found in
-        the checkpoint; `device_map` spreads the weights as transformers does (it needs `accelerate`), instead of
-        putting all of them on `device`.
+        the checkpoint; `device_map` and `max_memory` spread the model over devices (`placement.place`).
         """
         facts, tokenizer = cls.facts_of(checkpoint), load_tokenizer(checkpoint.folder)
         kernels = [kernel or attention or ATTENTION for kernel in (attention, encoder_attention)]
         text, vision = (KERNELS.get(kernel, kernel) for kernel in kernels)
         config = native_config(cls.native_class, checkpoint, {"text_config": text, "vision_config": vision})
-        native = load_native(cls.native_class, checkpoint, config, device=device, dtype=dtype, device_map=device_map)
+        native = load_native(
+            cls.native_class, checkpoint, config, device=device, dtype=dtype, device_map=device_map,
+            max_memory=max_memory,
+        )  # fmt: skip
         ends = names.ends_of(checkpoint) or ((tokenizer.eos,) if tokenizer and tokenizer.eos is not None else ())
         special = special or _special(native.config.image_token_id, ends, facts.vocabulary, checkpoint.source)
         model = cls(
@@ -117,8 +122,8 @@ class Autoregressive(Backbone):
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are."""
-        return cast(torch.device, self.lm.embed_tokens.weight.device)
+        """Where the embeddings are, or come out."""
+        return device_of(self.lm.embed_tokens)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,11 +152,11 @@ class Autoregressive(Backbone):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings `(..., width)`."""
-        return cast(Tensor, self.lm.embed_tokens(ids))
+        return cast(Tensor, self.lm.embed_tokens(ids)).to(self.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final-normed rows to float32 logits of the token that follows; the product is in the model's type."""
-        return cast(Tensor, self.native.lm_head(hidden)).float()
+        return cast(Tensor, self.native.lm_head(hidden)).float().to(self.device)
 
     @property
     @abstractmethod

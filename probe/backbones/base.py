@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -190,6 +191,10 @@ class Backbone(ABC, nn.Module):
     """Which axis of `position_ids` counts the samples."""
     batches: bool = True
     """Whether samples of a right-padded batch come out as they would alone."""
+    home: torch.device | None = None
+    """Where the sequence is looked after, if the model is spread over devices (`placement`); None: with the weights."""
+    load_options: Mapping[str, Any] = MappingProxyType({})
+    """The adapter's own options that it was loaded with (`backbones.load`)."""
     facts: ModelFacts
     special: SpecialIds
     defaults: GenerationDefaults
@@ -213,6 +218,15 @@ class Backbone(ABC, nn.Module):
     @abstractmethod
     def layers(self) -> Sequence[LayerModules]:
         """The decoder's layers, first to last."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings come out and logits are wanted; of a model that is spread over devices, its `home`."""
+        return self.home or next(self.lm.parameters()).device
+
+    def used_directly(self) -> Sequence[str]:
+        """Parameters that are read without their module's forward, so that they cannot be fetched when needed."""
+        return [name for name, _ in self.named_parameters(recurse=False)]
 
     @property
     @abstractmethod

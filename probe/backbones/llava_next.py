@@ -23,6 +23,7 @@ from probe.backbones.base import Features, LayerModules, Views
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.layout import Cells, Layout, Tiled
 from probe.backbones.pixels import cut, normalise, rgb
+from probe.backbones.placement import device_of
 from probe.backbones.pruned import views_of
 from probe.cost import EncoderDims, encoder_dims
 from probe.errors import ProbeError
@@ -80,8 +81,8 @@ class LlavaNext(Autoregressive):
         Where features come from several layers, their widths add up.
         """
         tower: Any = self.native.model.vision_tower
-        patches = tower.embeddings.patch_embedding.weight
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels.to(patches.device, patches.dtype)))
+        there = device_of(tower.embeddings.patch_embedding)
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels.to(there, self.dtype)))
         states = {0: hidden}
         for number, modules in enumerate(self._encoder_layers, 1):
             hidden = modules.layer(hidden, attention_mask=None)

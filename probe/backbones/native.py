@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from probe.backbones.checkpoint import Checkpoint, choose_dtype
+from probe.backbones.placement import DISK, likely_device, place
 from probe.errors import ProbeError
 
 _MOST = 5
@@ -42,7 +43,8 @@ def load_native(
     *,
     device: str | torch.device,
     dtype: str | torch.dtype,
-    device_map: Any = None,
+    device_map: object = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> Any:
     """The native model with the checkpoint's weights, on `device` or spread as `device_map` says.
 
@@ -51,10 +53,17 @@ def load_native(
     with checkpoint.tensors() as weights:  # says clearly what is wrong with the files themselves
         name = next((k for k in weights.shapes if k.endswith("embed_tokens.weight")), None)
         stored = weights.read(name, 1).dtype if name else torch.float32
-    chosen = choose_dtype(dtype, stored, torch.device(device))
+    chosen = choose_dtype(dtype, stored, likely_device(device, device_map))
     settings = {"dtype": chosen, "local_files_only": True, "use_safetensors": True}
     if device_map is not None:
-        settings["device_map"] = device_map
+        with torch.device("meta"):
+            shell = kind(config)
+        decoder = shell.model.language_model
+        placement = place(shell, decoder, checkpoint.source, device_map, chosen, max_memory)
+        loose = [name for name in shell.state_dict() if name in placement.places and placement.of(name) == DISK]
+        if loose:  # read without a module's forward, so that nothing fetches it
+            raise ProbeError(f"`device_map` leaves {loose[0]} on disk; it must be on {placement.home}")
+        settings["device_map"] = dict(placement.places)
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # the report becomes an error of ours
     try:

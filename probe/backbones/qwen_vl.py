@@ -23,6 +23,7 @@ from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.dimple_modules import encode_flops, tower_layers
 from probe.backbones.dimple_pixels import patches_of
 from probe.backbones.layout import Cells
+from probe.backbones.placement import device_of
 from probe.errors import ProbeError
 from probe.site import ModelFacts
 
@@ -84,8 +85,8 @@ class QwenVL(Autoregressive):
             raise ProbeError("no picture to encode; leave the features out for a question without pictures")
         pixels, grid = patches_of(images, self.preprocessing)
         tower: Any = self.native.model.visual
-        weight = tower.patch_embed.proj.weight
-        merged = tower(pixels.to(weight.device, weight.dtype), grid_thw=grid.to(weight.device)).pooler_output
+        there = device_of(tower)
+        merged = tower(pixels.to(there, self.dtype), grid_thw=grid.to(there)).pooler_output
         merge = self.preprocessing.merge
         return Features(merged[None], tuple(axes.Grid(int(h) // merge, int(w) // merge) for _, h, w in grid))
 
