@@ -21,6 +21,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from probe.parallel import own, whole
+
 Form = Literal["softmax", "head_mean_logits", "full_width"]
 """`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax.
 `full_width`: as if there were one head over the full width, `softmax(q k^T / sqrt(heads * size))`."""
@@ -142,6 +144,7 @@ def answer_beside(
         return 0
     n = 0
     with asked.timed():
+        key = whole(attention, key)
         if asked.keys is not None:
             asked.keys(key)
         for request in asked.requests:
@@ -165,6 +168,7 @@ def _answer_requests(
 ) -> None:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with asked.timed():
+        query, key = whole(module, query), whole(module, key)
         if asked.keys is not None:
             asked.keys(key)
         if asked.queries is not None:
@@ -262,7 +266,8 @@ def _beside(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[...
         if attention_mask is not None and attention_mask.numel() == 1 == query.shape[2]:
             attention_mask = None  # one value for all keys hides none of them, and kernels are faster without a mask
         asked: _Asked | None = module.__dict__.get(_SLOT)
-        seen = attention_mask if asked is None else written_out(module, query, key, attention_mask)
+        of_all, attention_mask = attention_mask, own(module, attention_mask, query.shape[1])
+        seen = of_all if asked is None else written_out(module, query, key, of_all)
         if asked is not None:
             _answer_requests(asked, module, query, key, seen, scaling)
         output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -271,7 +276,7 @@ def _beside(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[...
             def again(rows: Tensor, mask: Tensor) -> Tensor:
                 return kernel(module, rows, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
 
-            output = _reweight(again, output, query, seen, asked)
+            output = _reweight(again, output, query, own(module, seen, query.shape[1]), asked)
         return output, weights
 
     return attend

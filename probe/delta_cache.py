@@ -24,6 +24,7 @@ from probe.attend import answer_beside
 from probe.backbones.base import LayerModules
 from probe.decoding.dllm_cache import least_similar
 from probe.decoding.policy import Delta
+from probe.parallel import whole
 from probe.project import rotated
 from probe.surgery import Layout, put_columns, restore, take, take_columns
 
@@ -218,6 +219,7 @@ def _chosen_rows(
         new = cast(Any, modules.attention).v_proj(modules.pre_attention_norm(hidden.gather(1, own)))
         at = answer[:, None, :, None].expand(-1, held.value.shape[1], -1, held.value.shape[3])
         old = held.value.gather(2, at).transpose(1, 2).flatten(2)
+        old, new = whole(modules.attention, old, -1), whole(modules.attention, new, -1)
         parts.append(start + least_similar(old, new, delta.ratio))
         state.note_values(i, tail)
     return torch.cat(parts, 1) if parts else None

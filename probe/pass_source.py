@@ -12,6 +12,7 @@ from torch import Tensor
 from probe.backbones.placement import device_of
 from probe.errors import ProbeError
 from probe.looking import attended
+from probe.parallel import whole
 from probe.project import projected_attention
 from probe.scores.rotary import ones_attention
 from probe.site import Role, Site
@@ -213,9 +214,11 @@ class SampleSource:
     def _keys(self, params: Mapping[str, Any]) -> Tensor:
         assert self._probe.layer is not None
         if self._probe.site is Site.PREFIX_CACHE:
-            held = self._state.kit.store.layers[self._probe.layer + params.get("layer", 0)]
+            layer = self._probe.layer + params.get("layer", 0)
+            held = self._state.kit.store.layers[layer]
             assert held is not None
-            return held.key[self._b].to(self.device).index_select(1, held.layout.locate_in(self._b, self._uids))
+            key = whole(self._state.kit.backbone.layers[layer].attention, held.key)
+            return key[self._b].to(self.device).index_select(1, held.layout.locate_in(self._b, self._uids))
         return self._state.looking.keys(
             self._probe.layer + params.get("layer", 0), self._b, self._uids, self._probe.name
         )

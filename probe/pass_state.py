@@ -32,6 +32,7 @@ from probe.inputs import asked, reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Attended, Looking, Recorder, attended
 from probe.loop import Pass
+from probe.parallel import whole
 from probe.pass_source import SampleSource
 from probe.selections.counts import how_many
 from probe.shadow import aligned, blind, with_shadow
@@ -290,10 +291,11 @@ class PassState:
         store, choose = self.kit.store, self.request.work.evict
         held = store.layers[layer]
         assert held is not None and choose is not None and self._queries is not None
+        key = whole(self.kit.backbone.layers[layer].attention, held.key)
         block = [list(rows) for rows in self.request.window]
         if self.kit.backbone.shift:
             block = [[edge, *rows] for edge, rows in zip(self.request.edge, block, strict=True)]
-        places, judged = kept_places(held.layout, self._queries, self._home(held.key), block, choose)
+        places, judged = kept_places(held.layout, self._queries, self._home(key), block, choose)
         store.keep(layer, places, self.streams)
         self._queries = None
         self.flops["backbone"] += self.kit.dims.at(layer).scored_rows(1, judged, "softmax")

@@ -191,6 +191,9 @@ def load(
         if "unexpected keyword argument" not in str(error):
             raise
         strange = str(error).rsplit(" ", 1)[-1]
+        if strange == "'tp_plan'":
+            words = "is not one of transformers' own classes, which alone have plans for tensor parallelism"
+            raise ProbeError(f"{checkpoint.source} {words}; spread it with `device_map`") from error
         raise ProbeError(f"{checkpoint.source} is not loaded with a setting called {strange}") from error
     model.load_options = dict(options)
     return cast("Backbone", model)

@@ -30,6 +30,7 @@ from probe.backbones.sequence import text_alone, with_pictures
 from probe.backbones.splice import IMAGE
 from probe.backbones.tokens import Tokenizer, load_tokenizer
 from probe.errors import ProbeError
+from probe.parallel import share_heads
 from probe.site import ModelFacts
 
 ATTENTION = "sdpa"
@@ -95,7 +96,8 @@ class Autoregressive(Backbone):
         """Build the native class with every tensor of the checkpoint: none missing, none left over.
 
         `encoder_attention` is the image encoder's kernel (default: `attention`); `special` replaces the ids found in
-        the checkpoint; `device_map` and `max_memory` spread the model over devices (`placement.place`).
+        the checkpoint; `device_map` and `max_memory` spread the model over devices (`placement.place`);
+        `tp_plan="auto"` splits every layer over the processes of a torchrun, as transformers' plan for the class says.
         """
         facts, tokenizer = cls.facts_of(checkpoint), load_tokenizer(checkpoint.folder)
         kernels = [kernel or attention or ATTENTION for kernel in (attention, encoder_attention)]
@@ -103,7 +105,7 @@ class Autoregressive(Backbone):
         config = native_config(cls.native_class, checkpoint, {"text_config": text, "vision_config": vision})
         native = load_native(
             cls.native_class, checkpoint, config, device=device, dtype=dtype, device_map=device_map,
-            max_memory=max_memory,
+            max_memory=max_memory, tp_plan=tp_plan,
         )  # fmt: skip
         ends = names.ends_of(checkpoint) or ((tokenizer.eos,) if tokenizer and tokenizer.eos is not None else ())
         special = special or _special(native.config.image_token_id, ends, facts.vocabulary, checkpoint.source)
@@ -116,6 +118,9 @@ class Autoregressive(Backbone):
             template=names.chat_template(checkpoint),
             revision=checkpoint.fingerprint,
         )
+        if tp_plan is not None:
+            for modules in model.layers:
+                share_heads(modules.attention, torch.distributed.group.WORLD)
         stop = tuple(tokenizer.strings(ends)) if tokenizer else ()
         model.defaults = replace(cls.defaults, stop=stop, **names.generation_lengths(checkpoint))
         return model
