@@ -181,7 +181,7 @@ def load(
     `device_map` and `max_memory` spread a model over devices (`placement.place`). Further `options` belong to the
     adapter (all: `special`, `encoder_attention`; LLaDA-V and LaViDa: `vocab`; LaViDa: `rope_dtype`, `pool`, `several`;
     Dimple: `min_pixels`, `max_pixels`, `pixels`; autoregressive models: `tp_plan`, and Qwen2.5-VL `min_pixels`,
-    `max_pixels`). Raises `ProbeError`.
+    `max_pixels`, `fps`). Raises `ProbeError`.
     """
     checkpoint = resolve(name, revision=revision)
     adapter = adapter_of(checkpoint).function()

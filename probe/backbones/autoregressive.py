@@ -168,9 +168,18 @@ class Autoregressive(Backbone):
     def picture_id(self) -> int:
         """The id that stands for a visual token in a native prompt."""
 
+    @property
+    def clip_id(self) -> int:
+        """Likewise in that of a clip, where a model takes clips."""
+        return self.picture_id
+
     @abstractmethod
-    def place(self) -> str:
-        """The text that stands for one picture in a rendered prompt."""
+    def place(self, *, clip: bool = False) -> str:
+        """The text that stands for one picture, or for a clip, in a rendered prompt."""
+
+    def is_clip(self, layouts: Sequence[Any]) -> bool:
+        """Whether the only layout is that of a clip."""
+        return False
 
     @abstractmethod
     def lay_out(self, features: Features) -> tuple[list[Tensor], Cells]:
@@ -186,32 +195,36 @@ class Autoregressive(Backbone):
         if think:
             raise ProbeError(f"{self.source} has no thinking switch; leave `think` out")
         layouts = cast(Sequence[Any], features.layout) if features else ()
-        ids = self.prompt_ids(question, len(layouts))
+        ids = self.prompt_ids(question, len(layouts), clip=self.is_clip(layouts))
         position = self.positions(ids, layouts)
         if features is not None and features.survivors is not None:
             return prompt_of_survivors(ids, features.survivors.to(self.device), join(features), self.embed)
         if features is not None:
             tokens, cells = self.lay_out(features)
-            return with_pictures(ids, tokens, cells, self.embed, position)
+            prompt = with_pictures(ids, tokens, cells, self.embed, position)
+            if position is None or not self.is_clip(layouts):
+                return prompt
+            return replace(prompt, next_position=int(position[-1].max()) + 1)  # a clip's times may be beyond the text
         other = self.prompt_ids(_another(question), 0)
         prompt = text_alone(ids, wording.shared_prefix(ids, other), self.embed, self.device)
         return replace(prompt, position=position)
 
-    def prompt_ids(self, question: str, pictures: int) -> list[int]:
+    def prompt_ids(self, question: str, pictures: int, *, clip: bool = False) -> list[int]:
         """Ids of a question under the checkpoint's chat template, with `splice.IMAGE` for each of its pictures.
 
-        Pictures stand where the template puts them, or where the question has `<image>`.
+        A `clip` is one picture here. Pictures stand where the template puts them, or where the question has `<image>`.
         """
         tokenizer, template = self._tokenizer(), self.template
         if template is None:
             files = ", ".join(names.TEMPLATES)
             raise ProbeError(f"{self.source} has no chat template; put one into one of {files}")
-        parts: list[dict[str, str]] = [{"type": "image"}] * pictures
+        parts: list[dict[str, str]] = [{"type": "video" if clip else "image"}] * pictures
         if wording.PLACE in question:
-            question = wording.ask(question, pictures, think=False).replace(wording.PLACE, self.place())
+            question = wording.ask(question, pictures, think=False).replace(wording.PLACE, self.place(clip=clip))
             parts = []
         chat = [{"role": wording.USER, "content": [*parts, {"type": "text", "text": question}]}]
-        ids = [IMAGE if i == self.picture_id else i for i in tokenizer.converse(chat, template)]
+        seen = self.clip_id if clip else self.picture_id
+        ids = [IMAGE if i == seen else i for i in tokenizer.converse(chat, template)]
         if ids.count(IMAGE) != pictures:
             held = f"{ids.count(IMAGE)} places for {pictures} pictures"
             raise ProbeError(f"the prompt of {self.source} has {held}; the chat template and the question give places")

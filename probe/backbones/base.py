@@ -33,7 +33,7 @@ class Prompt:
     `box (V, 4)` float32: what each visual token sees, as (x0, y0, x1, y1) fractions of its picture, NaN for newlines;
     `view (V,)` int16: 0 for the first picture's base view, then its tiles, then the next picture's views.
     `picture (V,)` int16: which picture. Text-only prompts have V = 0. `position (P,)` or `(P, axes)` int64 are rotary
-    positions (None: 0..P-1); answer slots continue after the largest on every axis.
+    positions (None: 0..P-1); answer slots continue at `next_position` on every axis (None: after the largest).
 
     Where probes acted in the encoder, V counts every patch of every view and the tokens that were added to them, so
     most of them stand nowhere: `fate (V,)` uint8 of `Fate` says what became of each, and `unpruned` how many visual
@@ -50,6 +50,7 @@ class Prompt:
     position: Tensor | None = None
     fate: Tensor | None = None
     unpruned: int | None = None
+    next_position: int | None = None
 
     @property
     def n_visual(self) -> int:

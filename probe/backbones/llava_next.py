@@ -70,7 +70,7 @@ class LlavaNext(Autoregressive):
         """The id of `<image>`."""
         return cast(int, self.native.config.image_token_id)
 
-    def place(self) -> str:
+    def place(self, *, clip: bool = False) -> str:
         """`<image>`, as the tokenizer spells it."""
         return self._tokenizer().strings([self.picture_id])[0]
 
