@@ -39,6 +39,8 @@ class Encoded:
     flops: float
     probe_flops: float = 0.0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    view_picture: np.ndarray | None = None
+    """`(view,)`: which picture each view shows, where probes acted in the encoder."""
     unpruned: int | None = None
     """Visual tokens of the pictures as they came, where the encoder was shown smaller ones."""
 
@@ -102,7 +104,8 @@ def encode_with_probes(
     if not state.state.pristine:
         features = replace(features, survivors=state.state.survivors())
     arrays = state.arrays if whole is None else state.arrays | {"visual_original": np.array(whole)}
-    return Encoded(features, float(state.flops["encode"]), float(state.flops["probe"]), arrays, whole)
+    spent = float(state.flops["encode"]), float(state.flops["probe"])
+    return Encoded(features, *spent, arrays, views.picture.cpu().numpy(), whole)
 
 
 def resized(images: Sequence[Image.Image], table: ProbeTable, *, clip: bool = False) -> Sequence[Image.Image]:
