@@ -142,7 +142,7 @@ def run(
     if limit is not None:  # the trace must say all that repeating it takes
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"limit": limit})})
     seed, limit = recipe.generate.seed, recipe.data.limit
-    backbone = backbone or load(recipe.backbone, device=pick_device(device), dtype=dtype)
+    backbone = backbone or load(recipe.backbone, device=pick_device(device), dtype=dtype, **recipe.load)
     table = compile_recipe(recipe, backbone.facts)
     intervenes = any(p.edit is not None for p in table.probes)
     with_baseline = intervenes and (recipe.run.baseline if baseline is None else baseline)
