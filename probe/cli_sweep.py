@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +15,9 @@ from probe.cli_common import PluginOption, RecipeArgument, SetOption, err, out, 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from probe.runner import Progress
+    from probe.runner import OnProgress, Progress
     from probe.sweep import Unit
-    from probe.sweep_run import SweepResult
+    from probe.sweep_run import OnUnit, SweepResult
 
 
 def sweep(
@@ -27,6 +28,7 @@ def sweep(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only every N-th run, from the I-th on.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes that share the runs.")] = 1,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is tried again.")] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="Only list the runs, and which are done.")] = False,
     plugin: PluginOption = None,
@@ -34,6 +36,7 @@ def sweep(
     """Run every combination of a recipe's `sweep`, or what is left of it, and end with the table."""
     from probe.plugins import load_plugins
     from probe.stopping import Stopped
+    from probe.sweep_jobs import Job, start_jobs
     from probe.sweep_run import Worker
     from probe.sweep_run import sweep as run_sweep
 
@@ -44,18 +47,38 @@ def sweep(
         _plan(loaded if limit is None else loaded.replace(data=loaded.written("data") | {"limit": limit}), where)
         return
     command = "probe " + shlex.join(sys.argv[1:])
+
+    def run_here(on_sample: OnProgress, on_unit: OnUnit) -> SweepResult:
+        work = Worker(device, dtype, on_progress=on_sample, command=command).all
+        share = shard_of(shard)
+        return run_sweep(
+            loaded, out=where, limit=limit, workers=work, shard=share, retries=retries, on_unit=on_unit
+        )
+
     try:
-        with _Display() as display:
-            worker = Worker(device, dtype, on_progress=display.sample, command=command)
-            result = run_sweep(
-                loaded,
-                out=where,
-                limit=limit,
-                workers=worker.all,
-                shard=shard_of(shard),
-                retries=retries,
-                on_unit=display.unit,
-            )
+        with _Display() as display, ExitStack() as beside:
+            if jobs > 1:
+                others = [
+                    Job(
+                        recipe=loaded.to_yaml(),
+                        source=recipe,
+                        out=str(where),
+                        limit=limit,
+                        device=device,
+                        dtype=dtype,
+                        shard=shard_of(shard),
+                        retries=retries,
+                        plugins=tuple(map(str, plugin or [])),
+                        begin=i / jobs,
+                        command=command,
+                    )
+                    for i in range(1, jobs)
+                ]
+                running = beside.enter_context(start_jobs(others, where, device))
+                run_here(display.sample, display.unit)
+                for process in running:
+                    process.wait()
+            result = run_here(display.sample, display.unit)  # with siblings: what they left, and the table
     except KeyboardInterrupt as stopped:
         status = stopped.status if isinstance(stopped, Stopped) else 130
         err.print(f"stopped; everything that was finished is kept. To go on: {command}", highlight=False, markup=False)

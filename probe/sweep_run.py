@@ -136,12 +136,14 @@ def sweep(
     workers: Workers | None = None,
     shard: tuple[int, int] | None = None,
     retries: int = 1,
+    begin: float = 0.0,
     on_unit: OnUnit | None = None,
 ) -> SweepResult:
     """Run what is not done yet of a sweep in `out` (default `runs/NAME`), and put its tables there.
 
     `limit` overrides the recipe's; `shard` (i, n) takes every n-th unit; a unit that failed for a reason that may pass
-    is tried `retries` more times, last of all. Faults of the sweep itself raise `ProbeError` before anything runs.
+    is tried `retries` more times, last of all; `begin` is where in their list to begin, as a share. Faults of the sweep
+    itself raise `ProbeError` before anything runs.
     """
     if limit is not None:
         recipe = recipe.replace(data=recipe.written("data") | {"limit": limit})
@@ -153,7 +155,8 @@ def sweep(
     every = units_of(cells, recipe.sweep.shards)
     mine = every if shard is None else every[shard[0] :: shard[1]]
     waiting = [unit for unit in mine if not is_done(unit, root)]
-    finished = len(mine) - len(waiting)
+    finished, first = len(mine) - len(waiting), int(begin * len(waiting))
+    waiting = waiting[first:] + waiting[:first]
     failures: list[Outcome] = []
     work = workers or Worker().all
     for attempt in range(retries + 1):

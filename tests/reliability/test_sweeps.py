@@ -6,11 +6,14 @@ import csv
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hardship import contents, ended, forked, needs_fork, same_runs, trials
@@ -23,7 +26,7 @@ from probe.recipe import Recipe, parse_recipe
 from probe.registry import scores
 from probe.sweep import Unit
 from probe.sweep_run import Outcome, SweepResult, Worker, sweep
-from probe.trace import open_trace
+from probe.trace import open_trace, verify
 
 SWEEP = """
 schema: 1
@@ -252,6 +255,52 @@ def test_a_lost_device_in_a_run_is_said_and_the_sweep_goes_on(small: Any, tiny: 
     result = sweep(small(), out=tmp_path, workers=Lost(tiny).all, retries=2)
     assert len(result.failures) == RUNS and "the device was lost" in result.failures[0].reason
     assert result.open == RUNS and result.rows == {} and result.tables == ()
+
+
+SLEEPER = """
+import time
+
+import torch
+
+import probe
+
+@probe.score
+def sleepy(n: int) -> torch.Tensor:
+    time.sleep(0.2)
+    return torch.zeros(n)
+"""
+
+
+def test_processes_of_one_command_share_the_runs(small: Any, undisturbed: SweepResult, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(small().to_yaml())
+    out = tmp_path / "out"
+    words = ["sweep", str(recipe), "--out", str(out), "--jobs", "2"]
+    ran = CliRunner().invoke(load_cli().app, words, catch_exceptions=False, env={"COLUMNS": "200"})
+    assert ran.exit_code == 0 and (out / "job1.log").read_text() == ""
+    same_sweeps(out, undisturbed.folder)
+
+
+def test_siblings_end_with_the_process_that_began_them(moody: Any, small: Any, tmp_path: Path) -> None:
+    (tmp_path / "sleep.py").write_text(SLEEPER)
+    (tmp_path / "sleepy.yaml").write_text(moody[0].to_yaml().replace("moody", "sleepy"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    words = ["sweep", "sleepy.yaml", "--plugin", "sleep.py", "--out", "out", "--jobs", "2", "--limit", "40"]
+    begun = subprocess.Popen([sys.executable, "-m", "probe", *words], cwd=tmp_path, env=environment)
+    log = tmp_path / "out" / "job1.log"
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("*sleepy*/*.partial")):
+        assert begun.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    (sibling,) = psutil.Process(begun.pid).children()
+    time.sleep(2)
+    begun.kill()
+    begun.wait()
+    sibling.wait(60)
+    assert not sibling.is_running()
+    assert log.read_text() in ("", "\nSIGTERM: stopping after this sample; once more stops at once\n")
+    for path in (tmp_path / "out").rglob("*.partial"):
+        assert verify(path) == []
 
 
 def test_the_command(small: Any, undisturbed: SweepResult, tmp_path: Path) -> None:
