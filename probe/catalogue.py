@@ -26,14 +26,17 @@ class Entry:
 
 
 def catalogue() -> list[Entry]:
-    """Every shipped recipe, sorted by name."""
-    return [entry_of(info.name, load_recipe(info.path), info.path) for info in shipped_recipes()]
+    """Every shipped recipe and sweep, sorted by name."""
+    infos = sorted([*shipped_recipes(), *shipped_recipes(sweeps=True)], key=lambda info: info.name)
+    return [entry_of(info.name, load_recipe(info.path), info.path) for info in infos]
 
 
 def entry_of(name: str, recipe: Recipe, path: Path) -> Entry:
     """What the list says of a recipe."""
     acting = [p for p in recipe.probes if p.record is None] or list(recipe.probes)
     where = [place(p) for p in acting]
+    if recipe.sweep is not None:
+        where = [f"sweep over {', '.join(recipe.sweep.backbones or (recipe.backbone,))}"]
     decoding = {k: getattr(recipe.generate, k) for k in ("unmask", "cache", "length")}
     where += [f"{key} {part.name}" for key, part in decoding.items() if part is not None]
     return Entry(

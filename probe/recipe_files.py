@@ -35,9 +35,11 @@ def recipe_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def shipped_recipes() -> list[RecipeInfo]:
-    """Every shipped recipe with its name (`prune/fastv`) and its one line, sorted by name."""
-    return [RecipeInfo(name, path, _about(path)) for name, path in sorted(_shipped().items())]
+def shipped_recipes(*, sweeps: bool = False) -> list[RecipeInfo]:
+    """Every shipped recipe with its name (`prune/fastv`) and its one line, sorted by name; or every shipped sweep."""
+    read = [(name, path, _read(path)) for name, path in sorted(_shipped().items())]
+    chosen = [(name, path, data) for name, path, data in read if sweeps == ("sweep" in data)]
+    return [RecipeInfo(name, path, str(data.get("about") or "")) for name, path, data in chosen]
 
 
 def _shipped() -> dict[str, Path]:
@@ -45,9 +47,9 @@ def _shipped() -> dict[str, Path]:
     return {p.relative_to(folder).with_suffix("").as_posix(): p for p in folder.rglob("*.yaml")}
 
 
-def _about(path: Path) -> str:
+def _read(path: Path) -> dict[str, Any]:
     data = read_yaml(read_bytes(path), str(path)).data
-    return str(data.get("about") or "") if isinstance(data, dict) else ""
+    return data if isinstance(data, dict) else {}
 
 
 def read_bytes(path: Path) -> bytes:

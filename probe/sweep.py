@@ -108,15 +108,15 @@ def cells_of(recipe: Recipe) -> list[Cell]:
         sweep.backbones or (base.backbone,), sweep.data or (base.data.source,), sweep.seeds or (base.generate.seed,)
     ):
         group = Group(backbone, data, seed)
-        if sweep.baseline:
+        here = [e for e in entries if backbone in (e[1].backbones or (backbone,)) and data in (e[1].data or (data,))]
+        if sweep.baseline and here:
             bare = base if sweep.recipes else base.without_interventions()
             cells.append(Cell(_at(bare.replace(name=UNPRUNED), base, group), group, UNPRUNED))
-        for loaded, entry, path in entries:
-            if backbone in (entry.backbones or (backbone,)) and data in (entry.data or (data,)):
-                for dials in _combinations(loaded, entry, sweep):
-                    cells.append(_cell(recipe, loaded, entry, path, base, group, dials))
-                    if len(cells) > MOST_CELLS:
-                        raise recipe.fault(("sweep",), f"more than {MOST_CELLS:,} runs; leave some values out")
+        for loaded, entry, path in here:
+            for dials in _combinations(loaded, entry, sweep):
+                cells.append(_cell(recipe, loaded, entry, path, base, group, dials))
+                if len(cells) > MOST_CELLS:
+                    raise recipe.fault(("sweep",), f"more than {MOST_CELLS:,} runs; leave some values out")
     folders: dict[str, Cell] = {}
     for cell in cells:
         if cell.folder in folders:
@@ -216,7 +216,7 @@ def _cell(
         turned = loaded.with_sets([f"{name}={_word(value)}" for name, value in dials.items()])
         if base.probes and loaded is not base:
             turned = turned.with_probes_of(base)
-        varied = {k: v for k, v in dials.items() if len(sweep_values(recipe, entry, k)) > 1}
+        varied = {k: v for k, v in dials.items() if len(sweep_values(recipe, entry, k)) > 1 or v != loaded.dial[k]}
         return Cell(_at(turned, base, group), group, entry.label or loaded.name, varied)
     except ProbeError as error:
         raise recipe.fault(path, f"{entry.recipe} with {_listed(dials)}: {error}") from None
