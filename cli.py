@@ -46,14 +46,15 @@ def run(
     recipe: RecipeArgument,
     backbone: BackboneOption = None,
     data: Annotated[
-        str | None, typer.Option(help="A task (see `probe backbones`) or a JSONL file of your own.")
+        str | None,
+        typer.Option(help="A task (`probe backbones`), a JSONL file, a folder of pictures with --ask, a Hub data set."),
     ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture of your own, with --ask; give it again for more pictures.")
     ] = None,
     video: Annotated[Path | None, typer.Option(help="A video file, or a folder of frames, with --ask.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="How many frames of --video, evenly spread.")] = 32,
-    ask: Annotated[str | None, typer.Option(help="The question about --image or --video.")] = None,
+    ask: Annotated[str | None, typer.Option(help="The question about --image, --video or a folder.")] = None,
     sets: SetOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice; default: the recipe's.")] = None,
@@ -75,13 +76,16 @@ def run(
     from probe.runner import run as run_recipe
 
     code = load_plugins(plugin or [])
-    loaded = recipe_of(recipe, sets, backbone=backbone, data=data, own_samples=bool(image or video or data))
+    loaded = recipe_of(recipe, sets, backbone=backbone, data=data, ask=ask, own_samples=bool(image or video or data))
     samples = None
-    if bool(image or video) != (ask is not None):
+    seen = bool(image or video)
+    if seen and data:
+        raise ProbeError("--image (or --video) and --data cannot stand together; give one of them")
+    if seen != (ask is not None) and not data:
         raise ProbeError("--image (or --video) and --ask belong together: what is seen, and the question about it")
     if image and video:
         raise ProbeError("--image and --video cannot stand together; give one of them")
-    if ask is not None:
+    if ask is not None and seen:
         from probe.data import from_images, from_video
 
         samples = [from_images(image, ask) if image else from_video(cast(Path, video), ask, frames)]

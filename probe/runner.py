@@ -35,9 +35,6 @@ from probe.summary import Row, summarise
 from probe.timing import PHASES, Stopwatch
 from probe.views.picture import draw_run
 
-DEFAULT_LIMIT = 24
-"""Samples of a task when neither the recipe nor the command says how many: tasks have no end."""
-
 OnProgress = Callable[["Progress"], None]
 
 
@@ -87,11 +84,7 @@ def samples_of(recipe: Recipe) -> Iterator[data.Sample | ProbeError]:
 
     What concerns all of them (no such task, no such file, a wrong line in it) raises `ProbeError` at once.
     """
-    limit = recipe.data.limit
-    if recipe.data.file is not None:
-        return _reading(data.from_jsonl(recipe.data.file), limit)
-    limit = DEFAULT_LIMIT if limit is None else limit
-    return _reading(data.load(recipe.data.source, limit), limit)
+    return _reading(data.samples(recipe.data), recipe.data.limit)
 
 
 def _reading(source: Iterator[data.Sample], limit: int | None) -> Iterator[data.Sample | ProbeError]:

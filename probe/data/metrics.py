@@ -117,5 +117,5 @@ def unfit(metric: str, answers: Sequence[str]) -> str:
     if metric in _YES_NO and not all(a.strip().lower() in ("yes", "no") for a in answers):
         return f"`{metric}` compares with `yes` or `no`"
     if metric == "vqa_accuracy" and len(answers) < FEWEST_VOTES:
-        return f"`vqa_accuracy` counts votes: give {FEWEST_VOTES} `answers` or more (ten are usual), or use `exact_match`"
+        return f"`vqa_accuracy` counts votes: give {FEWEST_VOTES} `answers` or more, or use `exact_match`"
     return ""

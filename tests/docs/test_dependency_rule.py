@@ -160,6 +160,7 @@ def test_each_library_has_its_place() -> None:
     assert users("yaml") == {"recipe_yaml"}
     assert users("typer") == COMMAND_LINE
     assert users("av") == {"data.video"}
+    assert users("datasets") == {"data.hub"}
     assert all(n == "attend" or n.startswith(("backbones.", "zoo.")) for n in users("transformers"))
 
 
