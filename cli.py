@@ -1,7 +1,7 @@
 """The command line: parses, calls `probe.*`, prints.
 
 Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones and traces, and those for
-people who write pruners, stand in `probe/cli_backbones.py`, `probe/cli_traces.py` and `probe/cli_tools.py`.
+people who write pruners, stand in the files `probe/cli_*.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from probe import cli_backbones, cli_tools, cli_traces
+from probe import cli_backbones, cli_study, cli_tools, cli_traces
 from probe.cli_common import (
     BackboneOption,
     PluginOption,
@@ -157,6 +157,7 @@ def recipes(
 app.add_typer(cli_tools.app)
 app.add_typer(cli_backbones.app)
 app.add_typer(cli_traces.app)
+app.add_typer(cli_study.app)
 
 
 class _Display:

@@ -84,3 +84,16 @@ def relative_average(scores: Mapping[str, float], unpruned: Mapping[str, float])
     if zero := [name for name, score in unpruned.items() if not score]:
         raise ValueError(f"the unpruned score of {zero[0]} is 0: nothing is a share of it")
     return 100 / len(scores) * sum(score / unpruned[name] for name, score in scores.items())
+
+
+def total(metric: str, answers: Sequence[tuple[str, str, Sequence[str], float]]) -> float:
+    """A benchmark's number from its answers, (id, prediction, references, score) each, as the study prints it.
+
+    `yes_no_exact`: 100 times F1 of yes. `yes_no`, where ids are ``PICTURE/NUMBER``: acc + acc+. Others: 100 times the
+    mean score.
+    """
+    if metric == "yes_no_exact":
+        return 100 * yes_no_f1([p for _, p, _, _ in answers], [r[0] for _, _, r, _ in answers]).f1
+    if metric == "yes_no" and all("/" in name for name, _, _, _ in answers):
+        return acc_plus((name.rpartition("/")[0], score) for name, _, _, score in answers)
+    return 100 * sum(score for _, _, _, score in answers) / len(answers)
