@@ -20,7 +20,8 @@ class Data(Section):
 
     One of: an embedded `task`; a JSON Lines `file` of the user's own; a `folder` of pictures with one question, `ask`;
     a data set by its name on the `hub`, or a local one, with its `config`, `split`, `columns` (ours: theirs) and
-    `metric`; a task of `lmms_eval`. At most `limit` samples of it.
+    `metric`; a task of `lmms_eval`, which may stand in a folder of the user's own, `include_path`. At most `limit`
+    samples of it.
     """
 
     task: str | None = None
@@ -32,6 +33,7 @@ class Data(Section):
     config: str | None = None
     split: str | None = None
     columns: dict[str, str] | None = None
+    include_path: str | None = None
     metric: str | None = None
     limit: int | None = Field(default=None, ge=1)
 
@@ -43,6 +45,8 @@ class Data(Section):
         for key in _OF_HUB:
             if getattr(self, key) is not None and self.hub is None:
                 raise Wrong(f"`{key}` is said of a data set on the `hub` only; name that, or remove `{key}`", key)
+        if self.include_path is not None and self.lmms_eval is None:
+            raise Wrong("`include_path` holds task files for `lmms_eval`; name its task, or remove it", "include_path")
         if self.ask is not None and self.folder is None and self.hub is None:
             raise Wrong("`ask` is the question about a `folder` of pictures (or a `hub` data set without one)", "ask")
         if self.folder is not None and self.ask is None:

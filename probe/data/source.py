@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from probe.data.folder import from_folder, pictures_in
+from probe.data.harness import from_harness
 from probe.data.hub import from_hub
 from probe.data.own import from_jsonl
 from probe.data.sample import Sample
@@ -30,6 +31,7 @@ class Source(Protocol):
     split: str | None
     columns: dict[str, str] | None
     metric: str | None
+    include_path: str | None
     limit: int | None
 
     @property
@@ -37,8 +39,10 @@ class Source(Protocol):
         """The name of the task, where there is nothing else."""
 
 
-def samples(data: Source) -> Iterator[Sample]:
+def samples(data: Source, backbone: str = "") -> Iterator[Sample]:
     """The samples that `data` names, all of them but for an embedded task, which has no end.
+
+    Of a task of lmms-eval, the first `limit` of each of its parts; `backbone` then decides how a reply is scored.
 
     What concerns all of them raises `ProbeError` at once; one that cannot be read raises when its turn comes, and
     reading may go on.
@@ -56,6 +60,8 @@ def samples(data: Source) -> Iterator[Sample]:
             metric=data.metric,
             question=data.ask,
         )
+    if data.lmms_eval is not None:
+        return from_harness(data.lmms_eval, include_path=data.include_path, limit=data.limit, backbone=backbone)
     return load(data.source, DEFAULT_LIMIT if data.limit is None else data.limit)
 
 

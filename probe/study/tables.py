@@ -7,7 +7,7 @@ first two tables, `by_start` that of its third. Every cell may carry the number 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from probe import intervals
@@ -16,11 +16,17 @@ from probe.intervals import NAN, Estimate
 from probe.study import printed
 from probe.study.finished import Answer, Finished
 
-PRIMARY = ("mme_total", "anls", "exact_match", "relaxed_overall", "pope_f1_score", "mmmu_acc", "gpt_eval_score",
-           "videomme_perception_score")  # fmt: skip
-"""Of a harness's numbers of one task, the one that the study prints."""
-
-
+PRIMARY: Mapping[str, float] = {
+    "mme_total": 1,
+    "anls": 100,
+    "exact_match": 100,
+    "relaxed_overall": 100,
+    "pope_f1_score": 100,
+    "mmmu_acc": 100,
+    "gpt_eval_score": 1,
+    "videomme_perception_score": 1,
+}
+"""Of a harness's numbers of one task the one that the study prints, and the factor to the study's scale."""
 NOTHING = Estimate()
 
 
@@ -164,25 +170,42 @@ def _answers(traces: Iterable[Finished], task: str) -> list[Answer]:
 def _measured(traces: Sequence[Finished], task: str) -> Estimate:
     """A task's number over the traces of a row, in the study's scale; an interval where it is a mean."""
     answers = _answers(traces, task)
+    whole = _harness_number(traces, task)
     if not answers:
-        return NOTHING
-    given = [t.totals[task] for t in traces if task in t.totals]
-    if given:  # a harness's own number, which may be more than a mean; of several traces the one with most answers
-        most = max(given, key=lambda numbers: numbers.get("n", 0))
-        name = next((name for name in PRIMARY if name in most), None)
-        if name is not None:
-            return Estimate(most[name], n=len(answers))
-    metric = answers[0].metric
-    value = total(metric, [(a.sample_id, a.prediction, a.references, a.score) for a in answers])
+        return whole
+    value = whole.value
+    if math.isnan(value):
+        told = [(a.sample_id, a.prediction, a.references, a.score) for a in answers]
+        value = total(answers[0].metric, told)
     mean = intervals.mean([a.score for a in answers], within=(0, 1))
     if math.isclose(value, 100 * mean.value, abs_tol=1e-9):
         return Estimate(value, 100 * mean.low, 100 * mean.high, mean.n)
     return Estimate(value, n=len(answers))
 
 
+def _harness_number(traces: Sequence[Finished], task: str) -> Estimate:
+    """What a harness made of all answers, which may be more than a mean: of each seed the largest run's, averaged.
+
+    Nothing where no trace has it, or none has a number that the study prints.
+    """
+    largest: dict[int, Mapping[str, float]] = {}
+    for trace in traces:
+        numbers = trace.totals.get(task, {})
+        if numbers and numbers.get("n", 0) >= largest.get(trace.seed, {}).get("n", 0):
+            largest[trace.seed] = numbers
+    name = next((name for name in PRIMARY if any(name in numbers for numbers in largest.values())), None)
+    if name is None:
+        return NOTHING
+    known = [numbers for numbers in largest.values() if name in numbers]
+    value = PRIMARY[name] * sum(numbers[name] for numbers in known) / len(known)
+    return Estimate(value, n=int(sum(numbers.get("n", 0) for numbers in known)))
+
+
 def _tasks(found: Iterable[Finished]) -> list[str]:
     """The tasks that have scores, in the study's order of benchmarks, then by name."""
+    found = list(found)
     names = {a.task for f in found for a in f.answers if not math.isnan(a.score)}
+    names |= {task for f in found for task, numbers in f.totals.items() if numbers.keys() & PRIMARY.keys()}
     order = {short: i for i, short in enumerate(printed.BENCHMARKS)}
     return sorted(names, key=lambda task: (order.get(printed.benchmark_of(task) or "", len(order)), task))
 

@@ -171,6 +171,18 @@ def test_a_benchmark_s_own_total_stands_in_its_column(tmp_path: Path) -> None:
     assert [cell.ours.value for cell in _rows(table)["none"].cells] == [1994.4, 100]
 
 
+def test_a_harness_s_number_stands_alone_where_single_answers_have_no_score(tmp_path: Path) -> None:
+    """MMBench: only groups of copies are right or wrong. Two seeds are averaged, a smaller run does not count."""
+    sizes = {"a": (0, 80.0, 4), "b": (0, 10.0, 2), "c": (1, 60.0, 4)}
+    for name, (seed, value, n) in sizes.items():
+        path = _trace(tmp_path / f"{name}.trace.h5", {"mmbench_en_dev_static": [float("nan")]}, seed=seed)
+        numbers = {"mmbench_en_dev_static": {"gpt_eval_score": value, "n": n}}
+        totals_file(path).write_text(json.dumps({"results": numbers}))
+    (table,) = _of(tmp_path)
+    (cell,) = _rows(table)["none"].cells
+    assert (table.columns, cell.ours.value, cell.ours.n, cell.study) == (("MMB",), 70, 8, 83.3)
+
+
 def test_what_must_be_known_before_comparing_is_said(tmp_path: Path) -> None:
     _trace(tmp_path / "none.trace.h5", {"gqa": [1, 1, 1], "pope": [0]})
     _trace(tmp_path / "a.trace.h5", {"gqa": [1], "pope": [1]}, "fastv")
