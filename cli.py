@@ -1,19 +1,20 @@
 """The command line: parses, calls `probe.*`, prints.
 
-Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones and traces, and those for
-people who write pruners, stand in the files `probe/cli_*.py`.
+Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones, sweeps, traces and the
+study's tables, and those for people who write pruners, stand in the files `probe/cli_*.py`.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from probe import cli_backbones, cli_study, cli_tools, cli_traces
+from probe import cli_backbones, cli_study, cli_sweep, cli_tools, cli_traces
 from probe.cli_common import (
     BackboneOption,
     PluginOption,
@@ -74,6 +75,7 @@ def run(
     """Run a recipe and compare it with the unpruned baseline."""
     from probe.plugins import load_plugins
     from probe.runner import run as run_recipe
+    from probe.stopping import Stopped
 
     code = load_plugins(plugin or [])
     loaded = recipe_of(recipe, sets, backbone=backbone, data=data, ask=ask, own_samples=bool(image or video or data))
@@ -89,23 +91,30 @@ def run(
         from probe.data import from_images, from_video
 
         samples = [from_images(image, ask) if image else from_video(cast(Path, video), ask, frames)]
-    with _Display(loaded.name) as display:
-        result = run_recipe(
-            loaded,
-            samples=samples,
-            out=folder,
-            limit=limit,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            resume=resume,
-            shard=shard_of(shard),
-            baseline=baseline,
-            timed=timed,
-            code_probes=code,
-            on_progress=display,
-            command="probe " + shlex.join(sys.argv[1:]),
-        )
+    try:
+        with _Display(loaded.name) as display:
+            result = run_recipe(
+                loaded,
+                samples=samples,
+                out=folder,
+                limit=limit,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                resume=resume,
+                shard=shard_of(shard),
+                baseline=baseline,
+                timed=timed,
+                code_probes=code,
+                on_progress=display,
+                command="probe " + shlex.join(sys.argv[1:]),
+            )
+    except Stopped as stopped:
+        err.print(f"{stopped}\nto go on: {_again(sys.argv[1:], stopped.folder)}", highlight=False, markup=False)
+        raise typer.Exit(stopped.status) from None
+    except KeyboardInterrupt:
+        err.print("stopped at once; samples that were finished are kept: the same command with --resume goes on")
+        raise typer.Exit(130) from None
     _report(result)
     raise typer.Exit(1 if result.failed else 0)
 
@@ -154,6 +163,7 @@ def recipes(
     out.print(text, highlight=False, markup=False, soft_wrap=True, end="")
 
 
+app.command()(cli_sweep.sweep)
 app.add_typer(cli_tools.app)
 app.add_typer(cli_backbones.app)
 app.add_typer(cli_traces.app)
@@ -183,16 +193,29 @@ class _Display:
             transient=True,
             disable=not err.is_terminal,
         )
+        from probe.finite import NotFinite
+
+        self._ours = NotFinite
         self._name = name
         self._task: TaskID | None = None
 
     def __enter__(self) -> _Display:
+        self._showwarning, warnings.showwarning = warnings.showwarning, self._warn
         self._bar.start()
         self._task = self._bar.add_task(f"{self._name}: loading", total=None)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        warnings.showwarning = self._showwarning
+
+    def _warn(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        """What the run itself warns of, as a sentence; other packages' warnings as usual."""
+        if issubclass(category, self._ours):
+            err.print("[yellow]warning:[/] ", end="")
+            err.print(str(message), highlight=False, markup=False)
+        else:
+            self._showwarning(message, category, *where, **more)
 
     def __call__(self, at: Progress) -> None:
         if self._task is not None:
@@ -208,8 +231,22 @@ def _report(result: RunResult) -> None:
     from probe.views.table import render_table
 
     for note in result.notes:
-        err.print(f"[yellow]note:[/] {note}", highlight=False)
+        err.print("[yellow]note:[/] ", end="")
+        err.print(note, highlight=False, markup=False)
     out.print(render_table(result))
+
+
+def _again(words: list[str], folder: Path) -> str:
+    """The command that goes on with a run that was stopped."""
+    named = any(w in ("-o", "--out") or w.startswith("--out=") for w in words)
+    more = [*([] if named else ["--out", str(folder)]), *([] if "--resume" in words else ["--resume"])]
+    return "probe " + shlex.join([*words, *more])
+
+
+def _fail(message: str) -> NoReturn:
+    err.print("[bold red]error:[/] ", end="")
+    err.print(message, highlight=False, markup=False)
+    raise SystemExit(2)
 
 
 def main() -> None:
@@ -217,12 +254,12 @@ def main() -> None:
     try:
         app()
     except ProbeError as error:
-        err.print("[bold red]error:[/] ", end="")
-        err.print(str(error), highlight=False, markup=False)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        err.print("stopped; finished samples are in the partial trace: run the same command with --resume to go on")
-        raise SystemExit(130) from None
+        _fail(str(error))
+    except OSError as error:  # a full disk, a folder that cannot be written, under a view's output
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+    except MemoryError:
+        _fail("out of memory; free some, or ask for less at a time")
 
 
 if __name__ == "__main__":

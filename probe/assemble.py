@@ -17,6 +17,7 @@ from torch import Tensor
 
 from probe import vocabulary as _registered  # noqa: F401  (`confidence`, which every trace has, must be known)
 from probe.compile import Call, ProbeTable
+from probe.finite import NONFINITE, nonfinite
 from probe.looking import Recorder
 from probe.loop import Step
 from probe.registry import Entry, signals
@@ -129,6 +130,11 @@ ALWAYS: tuple[Variable, ...] = (
         "flops_unrecorded", (), "1",
         "executed FLOPs of the same sample with nothing recorded (NaN: not measured)",
         "sum over steps and phases of flops, of the run without record probes", dtype="float64",
+    ),
+    Variable(
+        "nonfinite", ("step",), "1",
+        "values of the step that are NaN or infinite where a number was due: open slots, signals, scores of tokens",
+        "number of v with v not finite", dtype="int32",
     ),
     Variable(
         "peak_memory", (), "byte",
@@ -272,6 +278,7 @@ class Gatherer:
         self._table = table
         self._steps: list[_Kept] = []
         self._rows: dict[str, dict[int, Tensor]] = {"confidence": {}}
+        self._bad: list[Tensor] = []
         self._variables = {v.name: v for v in recorded_variables(table)}
         self._segments = segments_of(table)
         self._segment_of = {
@@ -285,6 +292,7 @@ class Gatherer:
         """Take what a step decided; reduce its logits now, keep none of them."""
         i = len(self._steps)
         self._rows["confidence"][i] = torch.where(step.eligible, step.confidence, torch.nan)
+        bad = (step.eligible & step.confidence.isnan()).sum(1)
         if self._collected is not None:
             self._collected[step.clock.step] = (step.slots, step.logits)
         for probe in self._table.at(step.clock):
@@ -292,6 +300,8 @@ class Gatherer:
                 value = self._signal(record.signal, step)
                 if value is not None:
                     self._rows.setdefault(record.name, {})[i] = torch.where(step.eligible, value.double(), torch.nan)
+                    bad += (step.eligible & value.isinf()).sum(1)
+        self._bad.append(bad)
         every = np.arange(step.tokens.shape[1])
         self._steps.append(
             _Kept(
@@ -355,6 +365,7 @@ class Gatherer:
             "recomputed": computed,
             "nominal_step": np.array([steps[i].clock.step for i in took_part], np.int32),
             "block": np.array([steps[i].clock.block for i in took_part], np.int32),
+            "nonfinite": self._bad_slots(sample, took_part),
             "removal_on_cache": np.array([_ON_CACHE[steps[i].on_cache or "none"] for i in took_part], np.uint8),
             "phase_of_pass": np.array([_PASSES[steps[i].clock.phase.value] for i in took_part], np.uint8),
         }
@@ -372,6 +383,12 @@ class Gatherer:
         out["commit_step"] = commit_step
         return out
 
+    def _bad_slots(self, sample: int, took_part: Sequence[int]) -> np.ndarray:
+        """`(step,)` int32: open slots whose logits gave no probability, and infinite signals of them."""
+        if not took_part:
+            return np.zeros(0, np.int32)
+        return torch.stack(self._bad)[list(took_part), sample].int().cpu().numpy()
+
     @staticmethod
     def _answer(slots: np.ndarray, chosen: Tensor) -> np.ndarray:
         found = slots[chosen.cpu().numpy()]
@@ -386,11 +403,17 @@ class Gatherer:
         """Arrays of what probes recorded inside the passes."""
         place = {p: i for i, p in enumerate(self.passes(sample))}
         out: dict[str, np.ndarray] = {}
+        bad = np.zeros(len(place), np.int32)
         for name, values in recorder.values.items():
             items = [(k, v[sample]) for k, v in values.items() if k[0] in place]
             if not items:
                 continue
             stacked = torch.stack([v for _, v in items]).float().cpu().numpy()
+            if name.startswith(NONFINITE):  # counts that an edit noted of its scores
+                np.add.at(bad, [place[k[0]] for k, _ in items], stacked.astype(np.int32))
+                continue
+            wrong = nonfinite(stacked, self._variables[name].dims if name in self._variables else ())
+            np.add.at(bad, [place[k[0]] for k, _ in items], wrong)
             if name not in self._variables:
                 out[name] = self._free(stacked, [place[k[0]] for k, _ in items], len(place))
                 continue
@@ -407,6 +430,19 @@ class Gatherer:
             for ((p, layer), _), value in zip(items, stacked, strict=True):
                 array[(place[p], layer) if by_layer else place[p]] = value
             out[name] = array
+        if bad.any():
+            out["nonfinite"] = bad + self._bad_slots(sample, [i for i, s in enumerate(self._steps) if s.active[sample]])
+        return out
+
+    def nan_scores(self, recorder: Recorder, sample: int) -> dict[str, int]:
+        """The first step at which an intervention's score held NaN, by probe; steps count as in the arrays."""
+        place = {p: i for i, p in enumerate(self.passes(sample))}
+        out: dict[str, int] = {}
+        for name, values in recorder.values.items():
+            if name.startswith(f"{NONFINITE}."):
+                counts = torch.stack([count[sample] for count in values.values()]).tolist()
+                steps = [place[k[0]] for k, n in zip(values, counts, strict=True) if n and k[0] in place]
+                out |= {name.removeprefix(f"{NONFINITE}."): min(steps)} if steps else {}
         return out
 
     @staticmethod

@@ -130,9 +130,7 @@ def attention_rows(
     return logits.softmax(-1)
 
 
-def answer_beside(
-    attention: nn.Module, queries: Callable[[Tensor], Tensor], key: Tensor, mask: Tensor | None
-) -> int:
+def answer_beside(attention: nn.Module, queries: Callable[[Tensor], Tensor], key: Tensor, mask: Tensor | None) -> int:
     """Answer and drop the module's requests without its forward; returns how many rows of queries that took.
 
     `queries(rows)` gives `(batch, head, row, size)` of rows `(batch, row)`, after rotary; `key` as it is attended to.

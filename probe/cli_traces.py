@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,7 +68,8 @@ def plot(
     if not traces:
         raise ProbeError("name a trace to draw: `probe plot FILE --figure NAME`; `probe plot --list` names the figures")
     path = output or traces[-1].with_suffix("").with_suffix(f".{figure or 'figure'}.png")
-    out.print(f"figure: {draw(traces, figure, path, sample=sample, layer=layer, step=step)}")
+    drawn = draw(traces, figure, path, sample=sample, layer=layer, step=step)
+    out.print(f"figure: {drawn}", highlight=False, markup=False)
 
 
 @app.command()
@@ -102,7 +104,7 @@ def replay(
     with open_trace(trace) as opened:
         row = row_of(opened, sample)
         if gif is not None:
-            out.print(f"animation: {save_gif(opened, row, gif)}")
+            out.print(f"animation: {save_gif(opened, row, gif)}", highlight=False, markup=False)
         else:
             play(opened, row, out)
 
@@ -116,7 +118,7 @@ def report(
     """Write one self-contained page to look around in: pictures, tokens, attention, answers, tables."""
     from probe.views.report import write_report
 
-    out.print(f"page: {write_report(traces, output, samples=samples)}")
+    out.print(f"page: {write_report(traces, output, samples=samples)}", highlight=False, markup=False)
 
 
 @app.command()
@@ -127,17 +129,44 @@ def merge(
     """Join the traces of a run's shards, in the order of their samples."""
     from probe.trace import merge as join
 
-    out.print(f"trace: {join(traces, output)}")
+    out.print(f"trace: {join(traces, output)}", highlight=False, markup=False)
 
 
 @app.command()
-def verify(trace: Annotated[Path, typer.Argument(help="A trace file.")]) -> None:
-    """Check a trace's checksums."""
-    from probe.trace import verify as problems_of
+def verify(
+    trace: Annotated[Path, typer.Argument(help="A trace file.")],
+    rescue: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the samples that are whole into this new trace.")
+    ] = None,
+) -> None:
+    """Check a trace's checksums, in a process that damage may stop; rescue what is whole."""
+    from probe.trace_examine import examine
+    from probe.trace_examine import rescue as save
 
-    problems = problems_of(trace)
+    if rescue is not None:
+        saved = save(trace, rescue)
+        _complain(saved.problems)
+        out.print(f"rescued: {saved.kept} of {saved.rows} samples, into {saved.path}", highlight=False, markup=False)
+        if saved.kept < saved.rows:
+            out.print(
+                "to compute the others, put it in the place of the damaged file and repeat the run with --resume",
+                highlight=False,
+            )
+        return
+    found = examine(trace)
+    _complain(found.problems)
+    if found.problems:
+        if found.rows:
+            err.print(
+                f"{len(found.whole)} of {found.rows} samples are whole"
+                + (f"; probe verify {trace} --rescue NEW.trace.h5 saves them" if found.whole else ""),
+                highlight=False,
+                markup=False,
+            )
+        raise typer.Exit(1)
+    out.print(f"{trace}: intact", highlight=False, markup=False)
+
+
+def _complain(problems: Sequence[str]) -> None:
     for problem in problems:
         err.print(problem, highlight=False, markup=False)
-    if problems:
-        raise typer.Exit(1)
-    out.print(f"{trace}: intact")

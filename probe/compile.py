@@ -94,6 +94,14 @@ class ProbeTable:
         """The probes that act while pictures are encoded, once per sample, in the recipe's order."""
         return tuple(p for p in self.probes if p.site.in_encoder)
 
+    def shown(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) at which the encoder is shown a picture, for its own: less where probes shrink it."""
+        for probe in self.probes:
+            if probe.site is Site.IMAGES and probe.edit is not None:
+                do = probe.edit.do
+                size = do.entry.function(size, **do.variants[0])
+        return size
+
     @property
     def edits(self) -> tuple[BoundProbe, ...]:
         """The probes that intervene."""
@@ -246,11 +254,16 @@ class _Compiler:
         sites = operation.meta.get("sites")
         if sites is None and self.site not in EDIT_SITES:
             allowed = ", ".join(f"`{s}`" for s in EDIT_SITES if s.in_encoder == self.site.in_encoder)
-            raise self.fail(f"`{self.site}` can only be recorded; an intervention attaches at {allowed}", "at", "site")
+            own = [f"`{e.name}`" for e in self.words.operations if self.site in e.meta.get("sites", ())]
+            what = f"takes {' and '.join(own)} alone" if own else "can only be recorded"
+            other = "others attach" if own else "an intervention attaches"
+            raise self.fail(f"`{self.site}` {what}; {other} at {allowed}", "at", "site")
         if sites is not None and self.site not in sites:
             allowed = " or ".join(f"`{s}`" for s in sites)
             raise self.fail(f"`{spec.do.name}` acts at {allowed}, not at `{self.site}`", "do")
         selected = spec.select
+        if selected is not None and operation.meta.get("changes"):
+            raise self.fail(f"`{spec.do.name}` looks at no selection; remove `select`", "select")
         if selected is None:
             default = operation.meta.get("default_select")
             if default is None:

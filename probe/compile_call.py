@@ -88,7 +88,9 @@ def bind(
                 hint = "it is one of the function's inputs; what a recipe sets stands behind a `*`"
             raise Wrong(f"unknown parameter `{name}` of the {entry.kind} `{entry.name}`; {hint}", name)
     if (either := entry.meta.get("one_of", ())) and sum(params.get(name) is not None for name in either) != 1:
-        raise Wrong(f"needs one of {' and '.join(f'`{name}`' for name in either)}")
+        names = " and ".join(f"`{name}`" for name in either)
+        given = [name for name in either if params.get(name) is not None]
+        raise Wrong(f"takes one of {names}, not both", given[-1]) if given else Wrong(f"needs one of {names}")
     nested, score = {}, None
     for name, slot in entry.slots.items():
         if name in params:
@@ -107,13 +109,16 @@ def bind(
     for share in shares:
         now = {name: [step for step in line if step[0] <= share][-1] for name, line in timelines.items()}
         segments.append((share, _validate(entry, now)))
+        if (check := entry.meta.get("check")) and (wrong := check(segments[-1][1], nested)):
+            raise Wrong(wrong[1], wrong[0])
     return Call(entry, tuple(segments), nested, score, frozenset(params))
 
 
 def _parts(slot: Slot, value: Any, index: int, layers: int, words: Words, *path: str | int) -> tuple[Call, ...]:
     """The calls of the parts that stand at `path` of another part's parameters."""
     if slot.many and not (isinstance(value, list) and value):
-        raise Wrong(f"should be a list of {slot.kind}s, at least one, but is {describe(value)}", *path)
+        found = "is empty" if value == [] else f"is {describe(value)}"
+        raise Wrong(f"should be a list of {slot.kind}s, at least one, but {found}", *path)
     items = [(v, (*path, i)) for i, v in enumerate(value)] if slot.many else [(value, path)]
     calls = []
     for item, place in items:

@@ -6,12 +6,13 @@ Paths are below the probe: `select.union.of[0].top_k`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from probe.compile_call import Call, layer_error
 from probe.recipe_words import Wrong
 from probe.recipe_yaml import KeyPath
-from probe.site import Site
+from probe.registry import nearest
+from probe.site import QuerySet, Site
 
 _KIND_OF = {"score": "per_token", "similarity": "pairwise", "features": "features"}
 """Which kind of score a selection reads under which name."""
@@ -74,6 +75,9 @@ def check_scores(score: Call | None, select: Call, do: Call) -> None:
             f"`{words[0]}` speaks of the `keep` of a combination around the selection, and there is none",
             *("select", select.entry.name, "keep"),
         )
+    if score is not None:
+        for call, path in located(score, ("score", score.entry.name)):
+            _check(call, path[:-1], path, score, select)
     read = False
     for part, top in ((select, "select"), (do, "do")):
         for call, path in located(part, (top, part.entry.name)):
@@ -84,6 +88,11 @@ def check_scores(score: Call | None, select: Call, do: Call) -> None:
 
 def _check(call: Call, place: KeyPath, path: KeyPath, score: Call | None, select: Call) -> bool:
     """Whether a call reads a score; `Wrong` where it does not get the one it reads."""
+    for name, slot in call.entry.slots.items():
+        for inner in call.nested.get(name, ()) if slot.kind == "score" else ():
+            for given in kinds(inner) - {slot.gives}:
+                what, said = _WORDS[slot.gives], _WORDS[given].split(" (")[0]
+                raise Wrong(f"`{name}` needs {what}, but `{inner.entry.name}` gives {said} here", *path, name)
     if call.entry.kind == "score":
         return False
     names = {n for params in call.variants for n in call.entry.reads(params) if n in _KIND_OF}
@@ -113,9 +122,25 @@ def check_layers(site: Site, layer: int | None, score: Call | None, select: Call
             for params in call.variants:
                 reads = set(call.entry.reads(params))
                 if site is Site.PREFIX_CACHE and (reads := reads & (_IN_LAYER | _HIDDEN) - {"keys"}):
-                    raise Wrong(f"`{min(reads)}` is not to be had from stored keys and values; score by `keys`", *path)
+                    what = "attention" if reads & _IN_LAYER else f"`{min(reads)}`"
+                    raise Wrong(
+                        f"{what} is not to be had from stored keys and values; score by keys, such as "
+                        "`similarity: {space: keys}`",
+                        *path,
+                    )
+                if reads & {"received", "attended"}:
+                    _check_rows(params, path)
                 if _IN_LAYER & reads:
                     _check_layer(site, layer, params, path, "layer" in call.written)
+
+
+def _check_rows(params: dict[str, Any], path: KeyPath) -> None:
+    """Rows that look must be rows of the language model's sequence, whatever a part's own annotation allows."""
+    queries, known = str(params.get("queries")), [name for name in get_args(QuerySet) if name != "cls"]
+    if queries not in known:
+        why = "is a row of the image encoder" if queries == "cls" else "is no set of rows"
+        hint = f"known: {', '.join(known)}" if queries == "cls" else nearest(queries, known)
+        raise Wrong(f"`queries: {queries}` {why}; {hint}", *path, "queries")
 
 
 def _check_layer(site: Site, layer: int | None, params: dict[str, Any], path: KeyPath, written: bool) -> None:

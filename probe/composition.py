@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from probe.backbones import adapter_class
 from probe.backbones.base import GenerationDefaults
+from probe.backbones.sizes import habits_of
 from probe.compile import BoundProbe, ProbeTable, compile_recipe
 from probe.decoding.dllm_cache import DllmCache
 from probe.decoding.fit import misfit, name_of
 from probe.decoding.policy import Caching
-from probe.generation import policies
-from probe.inputs import reads_prompt
+from probe.generation import check_cache, policies
+from probe.inputs import asked, reads_prompt
 from probe.recipe import Recipe
 from probe.site import Clock, ModelFacts, Phase, Site
+
+NO_ONE_YET = ("masked", "answer", "filled", "predicting")
+"""Rows that are not there while a prompt is computed alone."""
 
 
 def check_without_weights(recipe: Recipe, facts: ModelFacts) -> None:
     """The same, and whether the decoding policies fit the backbone, as far as its class alone tells."""
     adapter = adapter_class(recipe.backbone)
-    defaults = getattr(adapter, "defaults", GenerationDefaults())
+    defaults, habits = getattr(adapter, "defaults", None), habits_of(recipe.backbone)
+    known = defaults is not None or habits is not None
+    if defaults is None:
+        defaults = GenerationDefaults() if habits is None else GenerationDefaults(cache={habits.cache: {}})
     unmasking, caching, _ = policies(recipe, defaults)
     shift = None if adapter.shift_varies else adapter.shift
     if shift is not None and (found := misfit(unmasking, caching, shift=shift, causal=adapter.causal)) is not None:
         raise recipe.fault(("generate", found[0]), found[1])
+    if known or recipe.generate.cache is not None:
+        check_cache(recipe, caching)
     table = compile_recipe(recipe, facts)
     check_composition(recipe, table, caching, recipe.generate.steps or defaults.steps)
 
@@ -44,12 +53,15 @@ def _never_again(probe: BoundProbe, caching: Caching, steps: int) -> str | None:
     """An intervention that reads prompt rows, and begins when they are not computed any more."""
     if not caching.stores or caching.renews or probe.edit is None or probe.when:
         return None
-    if probe.fires(_clock(0, steps, Phase.PREFILL)):
+    why = f"the cache `{name_of(caching)}` computes the prompt once, before the first step"
+    if probe.fires(clock := _clock(0, steps, Phase.PREFILL)):
+        for _, params in asked(probe.edit, clock):
+            if params.get("projected") and params.get("queries") in NO_ONE_YET:
+                return f"looks ahead from `{params['queries']}` rows, but {why}, and without the answer"
         return None  # it acts while the prompt is computed, and what it removed stays away
     for step in range(steps):
         clock = _clock(step, steps, Phase.DENOISE)
         if probe.fires(clock) and (reason := reads_prompt(probe.edit, probe.site, clock)):
-            why = f"the cache `{name_of(caching)}` computes the prompt once, before the first step"
             return f"{reason} from step {step} on, but {why}"
     return None
 

@@ -99,7 +99,7 @@ class _Choosing:
             count = self._count(call, params, candidates, around, reserved)
             if outermost and count is not None and count >= candidates.shape[0]:
                 return None
-            picks = {k: _one_or_all(call, k, self._picks(calls, candidates)) for k, calls in call.nested.items()}
+            picks = {k: _one_or_all(call, k, self._inside(call, k, candidates)) for k in call.nested}
             given = {
                 "n": candidates.shape[0],
                 "count": count,
@@ -120,6 +120,13 @@ class _Choosing:
             into = torch.full((self.n,), -1, dtype=torch.int64, device=into.device)
             into[candidates] = matched
         return Choice(candidates[choice.kept], into, choice.part, choice.parts)
+
+    def _inside(self, call: Call, name: str, candidates: Tensor) -> tuple[Callable[..., Tensor], ...]:
+        """The parts that stand inside a selection, ready to be called: selections, or scores of its candidates."""
+        calls = call.nested[name]
+        if call.entry.slots[name].kind == "selection":
+            return self._picks(calls, candidates)
+        return tuple(lambda c=c: self.value(c)[candidates.to(self.source.device)] for c in calls)
 
     def _picks(self, calls: tuple[Call, ...], candidates: Tensor) -> tuple[Callable[..., Tensor], ...]:
         """The selections inside another one, which speaks of its candidates by their place among them."""
@@ -189,6 +196,7 @@ class _Choosing:
                 k: _one_or_all(score, k, tuple(self._scorer(c) for c in calls)) for k, calls in score.nested.items()
             }
             value = self._call(score, params, {"n": self.n}, self.everyone, nested)
+            self.source.doubt(value)
             self._values[key] = value.to(self.source.device)
         return self._values[key]
 

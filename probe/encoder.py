@@ -40,6 +40,8 @@ class Encoded:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     unpruned: int | None = None
     """Visual tokens of the pictures as they came, where the encoder was shown smaller ones."""
+    nan_scores: dict[str, int] = field(default_factory=dict)
+    """How many values of its scores were NaN, by probe; those without one are left out."""
 
     def assemble(self, backbone: Backbone, question: str, *, think: bool = False) -> Prompt:
         """The sample as the language model meets it; its budget is that of the pictures as they came."""
@@ -100,20 +102,26 @@ def encode_with_probes(
     if not state.state.pristine:
         features = replace(features, survivors=state.state.survivors())
     arrays = state.arrays if whole is None else state.arrays | {"visual_original": np.array(whole)}
-    return Encoded(features, float(state.flops["encode"]), float(state.flops["probe"]), arrays, whole)
+    doubts = {name: int(count) for name, count in state.doubts.items()}
+    return Encoded(
+        features,
+        float(state.flops["encode"]),
+        float(state.flops["probe"]),
+        arrays,
+        whole,
+        {name: count for name, count in doubts.items() if count},
+    )
 
 
 def resized(images: Sequence[Image.Image], table: ProbeTable, *, clip: bool = False) -> Sequence[Image.Image]:
     """The pictures that the encoder is shown: the very ones that came, or made smaller by probes at `images`."""
-    for probe in (p for p in table.encoder if p.site is Site.IMAGES and p.edit is not None):
-        assert probe.edit is not None
-        if clip:
-            raise ProbeError(f"probe `{probe.name}` ({probe.place}) makes pictures smaller, not the frames of a clip")
-        options = probe.edit.do.variants[0]
-        sizes = [probe.edit.do.entry.function(image.size, **options) for image in images]
-        if any(image.size != size for image, size in zip(images, sizes, strict=True)):
-            images = [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, sizes, strict=True)]
-    return images
+    probe = next((p for p in table.encoder if p.site is Site.IMAGES and p.edit is not None), None)
+    if probe is not None and clip:
+        raise ProbeError(f"probe `{probe.name}` ({probe.place}) makes pictures smaller, not the frames of a clip")
+    sizes = [table.shown(image.size) for image in images]
+    if all(image.size == size for image, size in zip(images, sizes, strict=True)):
+        return images
+    return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, sizes, strict=True)]
 
 
 def _attach(backbone: Backbone, state: EncoderPass) -> list[Any]:

@@ -43,6 +43,8 @@ class EncoderPass:
     state: ViewState
     flops: dict[str, int] = field(default_factory=lambda: {"encode": 0, "probe": 0})
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    doubts: dict[str, Tensor | int] = field(default_factory=dict)
+    """How many values of its scores were NaN, by probe."""
 
     def __post_init__(self) -> None:
         views, patches = self.views.box.shape[:2]
@@ -191,6 +193,7 @@ class EncoderPass:
         )
         plan = decide(edit, tokens, BEFORE)
         self.flops["probe"] += tokens.flops
+        self.doubts[probe.name] = tokens.doubts + self.doubts.get(probe.name, 0)
         return None if plan is None else tokens.plan_of_patches(plan)
 
     def _generator(self, probe: BoundProbe, view: int) -> torch.Generator:

@@ -40,6 +40,7 @@ class TokensOfViews:
     generator: torch.Generator
     with_class: bool = False
     flops: int = 0
+    doubts: Tensor | int = 0
 
     def __post_init__(self) -> None:
         if self.with_class and len(self.group) > 1:
@@ -59,6 +60,10 @@ class TokensOfViews:
     def spend(self, flops: int) -> None:
         """Note the FLOPs of matrix products that the decision cost."""
         self.flops += flops
+
+    def doubt(self, score: Tensor) -> None:
+        """Count a score's NaN, on its device."""
+        self.doubts = self.doubts + score.isnan().sum()
 
     def give(self, name: str, params: Mapping[str, Any]) -> Any:
         """The input of this name; `params` say which attention or keys are meant."""
@@ -87,6 +92,7 @@ class TokensOfViews:
             case "text_features":
                 return self.text()
             case "image_features":
+                self.spend(self.backbone.text_space_flops(self.numbers.shape[0]))
                 return self.backbone.text_space(self.give("hidden", params))
             case "row":
                 return torch.arange(self.numbers.shape[0], device=self.device)

@@ -27,13 +27,17 @@ TEXT = 40
 
 @dataclass(frozen=True)
 class Setting:
-    """What a forecast is for: a sample's visual tokens, nominal steps, answer slots, and the name of the cache."""
+    """What a forecast is for: a sample's visual tokens, nominal steps, answer slots, and the name of the cache.
+
+    `shown` are the visual tokens of the smaller pictures that probes at `images` make, where that is known.
+    """
 
     visual: int
     steps: int
     slots: int
     cache: str = "none"
     text: int = TEXT
+    shown: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class _Foreseeing:
     def patches_left(self) -> float:
         """The share of a view's patches that the encoder hands on."""
         patches = self.facts.patches
-        for probe in (p for p in self.table.encoder if p.site is Site.IMAGES):
+        for probe in (p for p in self.table.encoder if p.site is Site.IMAGES and self.setting.shown is None):
             self.unsure[probe.name] = "how many tokens a smaller picture has is the model's own rule, so it is left out"
         if not self.table.encoder or not patches:
             return 1.0
@@ -165,7 +169,8 @@ class _Foreseeing:
 
     def run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`(step, layer)` tokens seen, rows at the attention and rows at the MLP (visual ones)."""
-        start = round(self.patches_left() * self.setting.visual)
+        shown = self.setting.visual if self.setting.shown is None else self.setting.shown
+        start = round(self.patches_left() * shown)
         layers, steps = self.facts.layers, self.setting.steps
         out = np.zeros((3, steps, layers), dtype=int)
         stays, hidden = start, 0
@@ -178,11 +183,12 @@ class _Foreseeing:
                 whole = now
                 skipping = [p for p in firing if p.layer == layer and self._skips(p)]
                 now = self._all([p for p in firing if p not in skipping], Site.LAYER_INPUT, layer, now, clock)
-                around, as_keys = bool(skipping), any(p.edit.do.params(clock)["as_keys"] for p in skipping if p.edit)
-                rows = 0 if around and not as_keys else now.there
-                out[:2, step, layer] = 0 if rows == 0 else now.seen, rows
+                left = self._staying(skipping, now, clock)
+                around = left < now.seen
+                as_keys = any(p.edit.do.params(clock)["as_keys"] for p in skipping if p.edit)
+                out[:2, step, layer] = (now.seen, now.there) if as_keys or not around else (left, left)
                 now = self._all(firing, Site.LAYER_AFTER_ATTENTION, layer, now, clock)
-                out[2, step, layer] = 0 if around else now.there
+                out[2, step, layer] = left if around else now.there
                 now = self._all(firing, Site.LAYER_OUTPUT, layer, now, clock)
                 if around:
                     now = whole if now.there == 0 else now
@@ -191,6 +197,11 @@ class _Foreseeing:
             hidden = hidden + (stays - now.stay) if masks else hidden
             stays = now.stay
         return out[0], out[1], out[2]
+
+    def _staying(self, skipping: Sequence[BoundProbe], now: _After, clock: Clock) -> int:
+        """How many tokens do not go around a layer."""
+        plans = [self.plan(p, now.seen, self.setting.visual, clock) for p in skipping] if now.seen else []
+        return min([now.seen, *(p.kept.shape[0] for p in plans if p is not None)])
 
     @staticmethod
     def _skips(probe: BoundProbe) -> bool:

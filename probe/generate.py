@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class Generated:
     text: str
     seconds: float
     arrays: dict[str, np.ndarray]
+    nan_scores: dict[str, int] = field(default_factory=dict)
+    """The first step at which an intervention's score held NaN, by probe."""
 
 
 @torch.inference_mode()
@@ -129,7 +131,7 @@ def generate(
             "visual_original": np.array(prompt.n_original),
         }
         ids = finished.output[b]
-        out.append(Generated(ids, backbone.decode(ids), total, arrays))
+        out.append(Generated(ids, backbone.decode(ids), total, arrays, gatherer.nan_scores(recorder, b)))
     return out
 
 

@@ -13,7 +13,6 @@ from probe.decoding.fit import misfit
 from probe.decoding.policy import Caching, Length, Unmasking
 from probe.decoding.rule import Rule
 from probe.decoding.unmask import Remasking
-from probe.errors import ProbeError
 from probe.recipe import Part, Recipe
 from probe.recipe_words import Wrong
 from probe.registry import Registry, cachings, lengths, nearest, unmaskings
@@ -76,16 +75,9 @@ def rule_for(backbone: Backbone, recipe: Recipe, suggested: Mapping[str, int], *
 
 def check_reach(backbone: Backbone, recipe: Recipe, caching: Caching) -> None:
     """Raise `ProbeError` where an intervention waits for a pass, or for rows, that this way of decoding never has."""
+    check_cache(recipe, caching)
     for i, probe in enumerate(recipe.probes):
-        if probe.record is not None:
-            continue
-        if probe.at.steps.exactly == ("prefill",) and isinstance(caching, NoCache):
-            words = "`prefill` is when the prompt is computed for a cache, and there is none: set `generate.cache`"
-            raise recipe.fault(("probes", i, "at", "steps"), words)
-        if probe.at.site is Site.PREFIX_CACHE and isinstance(caching, NoCache):
-            words = "`prefix_cache` is where keys are stored, and there is no cache: set `generate.cache`"
-            raise recipe.fault(("probes", i, "at", "site"), words)
-        if not backbone.causal:
+        if probe.record is not None or not backbone.causal:
             continue
         words = "`masked` rows never come: {} writes one token after the other; try `last`, or `answer`"
         for j, condition in enumerate(probe.at.when):
@@ -95,6 +87,19 @@ def check_reach(backbone: Backbone, recipe: Recipe, caching: Caching) -> None:
             part = getattr(probe, key)
             if part is not None and "masked" in _named(part.params, "queries") | _named(part.params, "from"):
                 raise recipe.fault(("probes", i, key), words.format(backbone.facts.name))
+
+
+def check_cache(recipe: Recipe, caching: Caching) -> None:
+    """Raise `ProbeError` where an intervention waits for a cache, and there is none."""
+    for i, probe in enumerate(recipe.probes):
+        if probe.record is not None or not isinstance(caching, NoCache):
+            continue
+        if probe.at.steps.exactly == ("prefill",):
+            words = "`prefill` is when the prompt is computed for a cache, and there is none: set `generate.cache`"
+            raise recipe.fault(("probes", i, "at", "steps"), words)
+        if probe.at.site is Site.PREFIX_CACHE:
+            words = "`prefix_cache` is where keys are stored, and there is no cache: set `generate.cache`"
+            raise recipe.fault(("probes", i, "at", "site"), words)
 
 
 def _named(params: Any, key: str) -> set[str]:
@@ -155,14 +160,3 @@ def _given_answer(backbone: Backbone, recipe: Recipe) -> list[int | None] | None
             raise recipe.fault(("generate", "answer", slot), f"{words}; one token belongs at each slot")
         slots[slot] = ids[0]
     return slots
-
-
-def check_fits(backbone: Backbone, rule: Rule, prompt_length: int) -> None:
-    """Raise `ProbeError` where a sample does not fit the model's context, if the model says how long that is."""
-    limit = getattr(backbone.lm.config, "max_position_embeddings", None)
-    total = prompt_length + rule.gen_length + len(rule.suffix)
-    if limit is not None and total > limit:
-        raise ProbeError(
-            f"the sample has {prompt_length} positions and {rule.gen_length} answer slots, {total} in all; "
-            f"{backbone.facts.name} has {limit} positions"
-        )

@@ -35,6 +35,9 @@ class Imagined:
     def spend(self, flops: int) -> None:
         """Nobody pays."""
 
+    def doubt(self, score: Tensor) -> None:
+        """Nothing imagined is a finding."""
+
     def _values(self, *shape: int) -> Tensor:
         drawn = torch.randn(*shape, generator=self._draw)
         return (4 * drawn).exp() if self.wild else drawn.sigmoid()
@@ -67,7 +70,8 @@ class Imagined:
             case "keys":
                 return self._values(2, n, width)
             case "received":
-                return self._values(1 if params.get("form") == "head_mean_logits" else self.heads, n)
+                many = self._values(1 if params.get("form") == "head_mean_logits" else self.heads, n)
+                return many if self.wild else many / (1000 * n)  # far apart, for thresholds lie between
             case "attended":
                 return self._values(text, n)
             case "rotary_received":

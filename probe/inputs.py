@@ -41,6 +41,10 @@ class Source(Protocol):
         """Note the FLOPs of matrix products that the decision cost."""
         ...
 
+    def doubt(self, score: torch.Tensor) -> None:
+        """Note how many values of a score are NaN (they rank last)."""
+        ...
+
 
 def asked(edit: Edit, clock: Clock) -> Iterator[tuple[str, dict[str, Any]]]:
     """Everything that an intervention may ask of its source at this clock: `(name, parameters of the part)`."""

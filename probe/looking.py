@@ -253,6 +253,10 @@ class Looking:
         """How many rows looked, `()`."""
         return (self._received[key][0].weight[sample] > 0).sum()
 
+    def absent(self, queries: QuerySet, layout: Layout) -> bool:
+        """Whether none of these rows are in this layout."""
+        return self._query_rows(queries, layout) is None
+
     def query_rows(self, queries: QuerySet, layout: Layout, sample: int) -> tuple[Tensor, Tensor]:
         """`(query,)` rows of one sample in this layout, and their weights."""
         found = self._query_rows(queries, layout)

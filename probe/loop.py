@@ -211,6 +211,8 @@ def denoise(
             decision = rule.unmasking.first_token(state, ask, logits)
         else:
             decision = rule.unmasking.decide(state, ask, logits)
+        # a candidate of NaN logits is no prediction: its slot stays masked, whatever the policy asked for
+        decision = replace(decision, commit=decision.commit & ~decision.confidence.isnan())
         masked_before = [state.numbers[m].tolist() for m in state.masked]
         tokens = _carry_out(state, canvas, request, ask, decision, tokens, embed, mask_embed)
         for policy in (rule.unmasking, rule.length):
@@ -245,6 +247,8 @@ def denoise(
             if ask.active[b] and rule.stop:
                 found = rule.unmasking.stop_at(state.tokens[b, first:].tolist(), rule.stop, state.stop_at[b])
                 state.stop_at[b] = found
+        if state.written is not None and not state.written.any() and _stuck(decision, ask):
+            break  # nothing changed and nothing can: the next pass would see the same NaN
         change = rule.length.after(state, ask, logits, decision)
         if change is not None:
             canvas, tokens = _change(state, canvas, change, tokens, embed, mask_embed)
@@ -256,6 +260,14 @@ def denoise(
     answer = state.tokens[:, state.first :]
     output = [answer[b][: state.stop_at[b]].tolist() + list(rule.suffix) for b in range(state.batch)]
     yield Finished(output=output, stop_at=state.stop_at, passes=state.passes, canvas=canvas)
+
+
+def _stuck(decision: Decision, ask: Ask) -> bool:
+    """Whether every slot that may be committed has NaN for a prediction (some may), and nothing else was done."""
+    eligible = torch.from_numpy(ask.eligible).to(decision.commit.device)
+    if decision.remask is not None or not bool(eligible.any()):
+        return False
+    return bool(decision.confidence.isnan()[eligible].all())
 
 
 def _begin(canvas: Canvas, rule: Rule, mask_embed: Tensor, noise: Sequence[Draw], shift: int) -> State:

@@ -8,7 +8,7 @@ from itertools import islice
 from probe import data
 from probe.backbones import facts_of, visual_count
 from probe.backbones.sizes import Habits, dims_of, habits_of
-from probe.compile import compile_recipe
+from probe.compile import ProbeTable, compile_recipe
 from probe.errors import ProbeError
 from probe.forecast import Setting, forecast
 from probe.recipe import Recipe
@@ -28,13 +28,15 @@ def outlook(recipe: Recipe, sizes: Sequence[tuple[int, int]] | None = None) -> s
     habits = habits_of(recipe.backbone)
     if not table.edits or habits is None:
         return None
-    setting = setting_of(recipe, habits, sizes)
+    setting = setting_of(recipe, table, habits, sizes)
     if setting is None:
         return None
     return render(forecast(table, facts, setting, dims_of(recipe.backbone, facts.vocabulary)))
 
 
-def setting_of(recipe: Recipe, habits: Habits, sizes: Sequence[tuple[int, int]] | None) -> Setting | None:
+def setting_of(
+    recipe: Recipe, table: ProbeTable, habits: Habits, sizes: Sequence[tuple[int, int]] | None
+) -> Setting | None:
     """How large a sample is and how it is generated; None where its pictures are not to be had."""
     sample = _longest(recipe)
     if sizes is None:
@@ -47,7 +49,8 @@ def setting_of(recipe: Recipe, habits: Habits, sizes: Sequence[tuple[int, int]] 
     slots = own.gen_length or base_slots
     steps = own.steps or max(1, round(base_steps * slots / base_slots))
     cache = own.cache.name if own.cache is not None else habits.cache
-    return Setting(visual_count(recipe.backbone, list(sizes)), steps, slots, cache)
+    visual, shown = (visual_count(recipe.backbone, of) for of in (list(sizes), [table.shown(size) for size in sizes]))
+    return Setting(visual, steps, slots, cache, shown=shown)
 
 
 def _longest(recipe: Recipe) -> data.Sample | None:

@@ -38,6 +38,7 @@ class SampleSource:
         self._layout = layout
         self._alive = alive
         self.n = alive.n_visual[sample]
+        self.doubts: Tensor = hidden.new_zeros((), dtype=torch.int64)
 
     @property
     def device(self) -> torch.device:
@@ -47,6 +48,10 @@ class SampleSource:
     def spend(self, flops: int) -> None:
         """FLOPs of matrix products that the decision cost."""
         self._state.flops["probe"] += flops
+
+    def doubt(self, score: Tensor) -> None:
+        """Count a score's NaN, on its device."""
+        self.doubts = self.doubts + score.isnan().sum()
 
     def give(self, name: str, params: Mapping[str, Any]) -> Any:
         """The input of this name; `ProbeError` where this place and pass do not have it."""

@@ -28,6 +28,7 @@ from probe.decoding.policy import Delta
 from probe.delta_cache import DeltaStore
 from probe.errors import ProbeError
 from probe.eviction import kept_places
+from probe.finite import NONFINITE
 from probe.inputs import asked, reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Attended, Looking, Recorder, attended
@@ -680,11 +681,15 @@ class PassState:
         rows = self.canvas.layout if probe.site is Site.BEFORE_LM else self.layout
         rows = alive if probe.site is Site.PREFIX_CACHE else rows
         plans: list[Plan | None] = []
+        doubts = list(hidden.new_zeros(self.batch, dtype=torch.int64))
         for b in range(self.batch):
             if not (probe.fires_for(self.clock, b) and self.kit.watching.allows(probe.when, b)):
                 plans.append(None)
                 continue
-            plans.append(decide(edit, SampleSource(self, probe, b, hidden, rows, alive), self.clock))
+            source = SampleSource(self, probe, b, hidden, rows, alive)
+            plans.append(decide(edit, source, self.clock))
+            doubts[b] = source.doubts
+        self.kit.recorder.add(f"{NONFINITE}.{probe.name}", self.clock.pass_index, layer, torch.stack(doubts))
         return (None if all(p is None for p in plans) else plans), options
 
     def _unseen(self, edit: Edit, layer: int | None) -> bool:
@@ -692,7 +697,11 @@ class PassState:
         if layer is None:
             return False
         for name, params in asked(edit, self.clock):
-            if name not in ("received", "attended") or params.get("projected"):
+            if name not in ("received", "attended"):
+                continue
+            if params.get("projected"):
+                if self.looking.absent(params["queries"], self.layout):
+                    return True
                 continue
             if not self.looking.has(attended(layer + params.get("layer", 0), params)):
                 return True

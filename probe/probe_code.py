@@ -11,6 +11,7 @@ same forward, so code sees the sequence as they left it, and what code changes i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,20 @@ from probe.trace_schema import Variable
 CODE_PROBES: dict[str, CodeProbe] = {}
 """Every function that `code_probe` has decorated in this process, by name."""
 
-CodeFunction = Callable[[Any, Clock], "Tensor | None"]
+CodeFunction = Callable[..., "Tensor | None"]
+"""`f(model, clock)`, or `f(model, clock, rows)` with the `CodeRows` of the pass."""
+
+
+@dataclass(frozen=True)
+class CodeRows:
+    """What the rows are that enter the first layer: both `(batch, row)`, under guidance the batch twice.
+
+    `visual` int64, the number of the original visual token that a row holds, -1 for all others; `role` int8, a
+    `probe.site.Role`: system, visual, newline, question, answer, or padding of a batch.
+    """
+
+    visual: Tensor
+    role: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,11 @@ class CodeProbe:
         """How what it returns is kept in a trace: `(step, *dims)`."""
         said = (self.function.__doc__ or "returned by a probe in code").strip().split("\n")[0]
         return Variable(self.name, ("step", *self.dims), "1", said, probe=self.name)
+
+    def __call__(self, model: Any, clock: Clock, rows: CodeRows | None) -> Any:
+        """What the function returns; it is given the rows if it takes a third parameter."""
+        wants = len(inspect.signature(self.function).parameters) > 2
+        return self.function(model, clock, rows) if wants else self.function(model, clock)
 
     def per_sample(self, value: Any, batch: int) -> Tensor:
         """What the function returned, as `(batch, *dims)`: a value without a batch axis is every sample's."""
@@ -77,7 +96,11 @@ def code_probe(
 
 
 def run_traced(
-    backbone: Backbone, inputs: dict[str, Any], probes: Sequence[CodeProbe], clock: Clock
+    backbone: Backbone,
+    inputs: dict[str, Any],
+    probes: Sequence[CodeProbe],
+    clock: Clock,
+    rows: CodeRows | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward of the decoder inside an nnsight trace: final hidden states, and what the probes saved."""
     from nnsight import NNsight
@@ -90,5 +113,5 @@ def run_traced(
         # one invocation each over the same forward: code may look at layers in any order, whatever the others do
         for probe in probes:
             with tracer.invoke():
-                results[probe.name] = probe.function(model, clock)
+                results[probe.name] = probe(model, clock, rows)
     return hidden, {name: value for name, value in results.items() if value is not None}

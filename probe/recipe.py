@@ -32,6 +32,7 @@ from probe.recipe_data import Data
 from probe.recipe_dials import apply_sets, substitute
 from probe.recipe_files import RecipeInfo, expand, find_recipe, read_bytes, recipe_folder, shipped_recipes
 from probe.recipe_parts import AXES, At, Generate, Part, ProbeSpec, Run, Trace
+from probe.recipe_sweep import Sweep
 from probe.recipe_words import Wrong, describe, first_fault, short
 from probe.recipe_yaml import Document, KeyPath, dump_yaml, read_yaml
 from probe.registry import nearest
@@ -74,6 +75,7 @@ class Recipe(BaseModel):
     generate: Generate = Generate()
     trace: Trace = Trace()
     run: Run = Run()
+    sweep: Sweep | None = None
     probes: tuple[ProbeSpec, ...] = ()
 
     _document: Document = PrivateAttr(default_factory=lambda: Document({}))
@@ -145,7 +147,7 @@ class Recipe(BaseModel):
         Not its description, nor how its values came about or could be found, nor how many samples
         there are: a longer run is the same.
         """
-        text = self._canonical("about", "paper", "dial", "calibrate", limit=False)
+        text = self._canonical("about", "paper", "dial", "calibrate", "sweep", limit=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
@@ -169,6 +171,21 @@ class Recipe(BaseModel):
         document = Document(copy.deepcopy(self._document.data), self._document.values, self._document.keys)
         apply_sets(document, sets)
         return _build(document)
+
+    def written(self, key: str) -> dict[str, Any]:
+        """A section as it was written, `$dials` and all; empty where it was left out."""
+        return copy.deepcopy(dict(self._document.data.get(key) or {}))
+
+    def point(self) -> Recipe:
+        """The recipe without its sweep."""
+        document = Document(copy.deepcopy(self._document.data), self._document.values, self._document.keys)
+        document.data.pop("sweep", None)
+        return _build(document)
+
+    def with_probes_of(self, other: Recipe) -> Recipe:
+        """The recipe with another one's probes behind its own; the other's are taken with the values of their dials."""
+        own = copy.deepcopy(self._document.data.get("probes") or [])
+        return self.replace(probes=[*own, *(_plain(probe) for probe in other.probes)])
 
     def without_interventions(self) -> Recipe:
         """The baseline: the same run with the probes that record, and none that intervenes."""

@@ -117,6 +117,8 @@ class Steps:
                 return cls(exactly=exact, done=key == "done")
             start = _number_or_share(value.get("from", 0), "a step", "from")
             stop = None if value.get("to") is None else _number_or_share(value["to"], "a step", "to")
+            if stop is not None and type(start) is type(stop) and stop <= start:
+                raise Wrong(f"never comes: `to` ({value['to']}) is not behind `from` ({value.get('from', 0)})", "to")
             return cls(span=Span(start, stop, _every(value)), of=_progress(value, start, stop))
         share = as_share(value)
         if share is not None:

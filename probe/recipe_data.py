@@ -60,5 +60,14 @@ class Data(Section):
 
     @property
     def source(self) -> str:
-        """What was named, or the task `world/mixed`."""
-        return next((str(getattr(self, key)) for key in SOURCES if getattr(self, key) is not None), "world/mixed")
+        """What was named, as `--data` takes it, or the task `world/mixed`."""
+        key = next((key for key in SOURCES if getattr(self, key) is not None), None)
+        if key is None:
+            return "world/mixed"
+        named = str(getattr(self, key))
+        return f"{key}:{named}" if key in ("hub", "lmms_eval") else named
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it may hold fewer samples than its limit: all but an embedded task, which has no end."""
+        return any(getattr(self, key) is not None for key in SOURCES[1:])

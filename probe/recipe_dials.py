@@ -28,6 +28,7 @@ TOP_KEYS = [
         "generate",
         "trace",
         "run",
+        "sweep",
         "probes",
     )
 ]

@@ -185,24 +185,30 @@ class _Includes:
 
     @staticmethod
     def _dials(merged: Document, parts: list[Document]) -> None:
+        """Put the dials of the parts below the recipe's own."""
+        if not parts:
+            return
         own = merged.data.get("dial") or {}
         dials: dict[str, Any] = {}
-        places = Document(None, {(): merged.place(("dial",))})
+        owner: dict[str, Document] = {}
         for part in parts:
             for name, value in part.data["dial"].items():
                 if name in dials and name not in own and repr(dials[name]) != repr(value):
                     raise ProbeError(
                         f"{part.place(('dial', name))}: the dial `{name}` has another value in "
-                        f"{places.place((name,))}; set it in the including recipe's own `dial`"
+                        f"{owner[name].place(('dial', name))}; set it in the including recipe's own `dial`"
                     )
-                dials[name] = value
-                places.put((name,), part.below(("dial", name)))
+                dials[name], owner[name] = value, part
         for name, value in own.items():
-            dials[name] = value
-            places.put((name,), merged.below(("dial", name)))
-        if parts:
-            merged.data["dial"] = dials
-            merged.put(("dial",), places)
+            dials[name], owner[name] = value, merged
+        whole = Document(dials, {(): merged.place(("dial",))})
+        for document in [*parts, merged]:
+            section = document.below(("dial",)) if document.data.get("dial") else Document({})
+            mine = {name for name in section.data if owner[name] is document}
+            whole.values.update({p: at for p, at in section.values.items() if p and p[0] in mine})
+            whole.keys.update({p: at for p, at in section.keys.items() if p and p[0] in mine})
+        merged.data["dial"] = dials
+        merged.put(("dial",), whole)
 
 
 def _check_top(document: Document) -> None:

@@ -137,6 +137,10 @@ class ProbeSpec(Section):
         return self
 
 
+MOST_STEPS = 65_536
+"""No answer is longer, and none takes more steps: larger numbers are slips that would fill memory or never end."""
+
+
 def _answer(value: Any) -> Any:
     """A text with `[MASK]` for open slots, or slot -> token (an id, or a text of one token)."""
     if isinstance(value, dict):
@@ -151,9 +155,9 @@ def _answer(value: Any) -> Any:
 class Generate(Section):
     """The denoising loop's settings; what is unset is the task's or the backbone's own."""
 
-    gen_length: int | None = Field(default=None, ge=1)
-    steps: int | None = Field(default=None, ge=1)
-    block_length: int | None = Field(default=None, ge=1)
+    gen_length: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    block_length: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     temperature: float | None = Field(default=None, ge=0)
     remasking: str | None = None
     cfg_scale: float | None = Field(default=None, ge=0)

@@ -50,9 +50,7 @@ class Condition:
                 raise Wrong(f"unknown key `{key}`; {nearest(str(key), known)}", key)
         signal = given.get("signal")
         if signal not in SIGNALS:
-            raise Wrong(
-                f"there is no signal {describe(signal)} to wait for; {nearest(str(signal), list(SIGNALS))}", "signal"
-            )
+            raise Wrong(f"`{signal}` is no signal to wait for; {nearest(str(signal), list(SIGNALS))}", "signal")
         tests = [t for t in TESTS if t in given]
         if len(tests) != 1:
             raise Wrong(f"needs exactly one of {', '.join(TESTS)}, with a number")

@@ -27,9 +27,14 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from probe.errors import ProbeError
 
+MEANT = dict.fromkeys(("remove", "delete", "discard", "prune"), "drop") | {"average": "merge", "cosine": "similarity"}
+"""What other words for parts of the vocabulary mean, where spelling alone would lead astray."""
+
 
 def nearest(name: str, known: list[str]) -> str:
     """A tail for an error message: the nearest known name, or all of them when none is near."""
+    if (meant := MEANT.get(str(name).lower())) in known:
+        return f"did you mean `{meant}`?"
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
 
@@ -39,22 +44,25 @@ class Nested:
     """Marks a parameter whose value is itself a part: `Annotated[Callable[...], Nested("selection")]`."""
 
     kind: str
+    gives: str = "per_token"
+    """Of scores: what they must give (`per_token`, `pairwise`, `features`)."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter that takes a part of the vocabulary, or (`many`) a list of at least one."""
+    """A parameter that takes a part of the vocabulary, or (`many`) a list of at least one; scores must give `gives`."""
 
     kind: str
     many: bool
     required: bool
+    gives: str = "per_token"
 
 
-def _nested(annotation: Any) -> tuple[str, bool] | None:
-    """The kind of part that an annotation asks for, and whether it is a list of them."""
+def _nested(annotation: Any) -> tuple[Nested, bool] | None:
+    """The part that an annotation asks for, and whether it is a list of them."""
     if get_origin(annotation) is Annotated:
         marks = [m for m in get_args(annotation)[1:] if isinstance(m, Nested)]
-        return (marks[0].kind, False) if marks else _nested(get_args(annotation)[0])
+        return (marks[0], False) if marks else _nested(get_args(annotation)[0])
     inside = [found for a in get_args(annotation) if (found := _nested(a))]
     if not inside:
         return None
@@ -84,7 +92,13 @@ class Entry:
     @cached_property
     def _keywords(self) -> dict[str, tuple[Any, Any]]:
         """Annotation and default (`...`: none) of every keyword-only parameter."""
-        hints = get_type_hints(self.function, include_extras=True)
+        try:
+            hints = get_type_hints(self.function, include_extras=True)
+        except NameError as error:  # imported for type checkers alone, or not at all
+            raise ProbeError(
+                f"the {self.kind} `{self.name}`: `{error.name}` is not defined where annotations are read; import it "
+                "at the top of the file, not under `TYPE_CHECKING`"
+            ) from error
         return {
             p.name: (hints.get(p.name, Any), ... if p.default is inspect.Parameter.empty else p.default)
             for p in inspect.signature(self.function).parameters.values()
@@ -95,7 +109,11 @@ class Entry:
     def slots(self) -> dict[str, Slot]:
         """The parameters that take parts of the vocabulary."""
         found = {name: (_nested(hint), default) for name, (hint, default) in self._keywords.items()}
-        return {name: Slot(*kind, default is ...) for name, (kind, default) in found.items() if kind is not None}
+        return {
+            name: Slot(part[0].kind, part[1], default is ..., part[0].gives)
+            for name, (part, default) in found.items()
+            if part is not None
+        }
 
     @cached_property
     def params(self) -> type[BaseModel]:
@@ -129,7 +147,9 @@ class Registry:
         """Register a function under its own name, or `name`; extra keywords are kept as `entry.meta`.
 
         `reads`: which inputs the function looks at, a function of its parameters. `one_of`: parameters of which a
-        recipe sets exactly one. `quiet`: parameters that are told of only where they are not at their default.
+        recipe sets exactly one. `check`: a function of the parameters and the nested parts that gives None, or the name
+        of a parameter and what is wrong with it. `quiet`: parameters that are told of only where they are not at their
+        default.
         """
 
         def add(f: Callable[..., Any]) -> Callable[..., Any]:

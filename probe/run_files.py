@@ -6,6 +6,7 @@ import io
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -36,16 +37,26 @@ def output_folder(name: str, out: str | Path | None, *, resume: bool) -> Path:
 
     Finished traces are never replaced. `resume` goes back to the last of those folders.
     """
-    if out is None:
-        first = Path("runs") / name.replace("/", "-")
-        tried = [first, *(first.with_name(f"{first.name}-{i}") for i in range(2, 10_000))]
-        free = next(i for i, folder in enumerate(tried) if not folder.exists())
-        folder = tried[max(free - 1, 0)] if resume else tried[free]
-    else:
-        folder = Path(out)
+    if out is not None:
+        return _made(Path(out))
+    first = Path("runs") / name.replace("/", "-")
+    tried = [first, *(first.with_name(f"{first.name}-{i}") for i in range(2, 10_000))]
+    free = next(i for i, folder in enumerate(tried) if not folder.exists())
+    if resume:
+        return _made(tried[max(free - 1, 0)])
+    for folder in tried[free:]:
+        with suppress(FileExistsError):  # another run that began at the same moment may have taken it
+            return _made(folder, fresh=True)
+    raise ProbeError(f"all of {first} ... {tried[-1].name} are taken; name a folder with --out")
+
+
+def _made(folder: Path, *, fresh: bool = False) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=not fresh)
     except OSError as error:
+        if fresh and isinstance(error, FileExistsError):
+            raise
         raise ProbeError(
             f"cannot make the folder {folder} for the traces: {error.strerror}; name another with --out"
         ) from None

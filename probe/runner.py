@@ -6,6 +6,7 @@ nothing recorded, interleaved sample by sample, and only those times are compare
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,22 +17,26 @@ import numpy as np
 import torch
 
 from probe import data, lmms_settings
-from probe.assemble import StepLogits
+from probe.assemble import StepLogits, recorded_variables
 from probe.backbones import load
 from probe.backbones.base import Backbone, Prompt
 from probe.compile import ProbeTable, Record, compile_recipe
 from probe.composition import check_composition
+from probe.context import check_length
 from probe.data.pictures import on_sheet
 from probe.decoding.caching import NoCache
 from probe.encoder import Encoded, encode_with_probes
 from probe.errors import ProbeError
+from probe.failures import failure_notes, free_memory, is_out_of_memory, reason_of
+from probe.finite import NONFINITE, NotFinite, where_first
 from probe.generate import Generated, OnStep, generate
 from probe.generation import rule_for
 from probe.loop import Step
 from probe.probe_code import CodeProbe
 from probe.recipe import Recipe
 from probe.run_files import failure_of, open_writer, output_folder, record_of
-from probe.summary import Row, summarise
+from probe.stopping import Stopped, Stopping
+from probe.summary import Row, count_failed, summarise
 from probe.timing import PHASES, Stopwatch
 from probe.views.picture import draw_run
 
@@ -124,7 +129,8 @@ def run(
     `out` is a folder (default `runs/NAME`); `seed` overrides the recipe's; `resume` finishes what an earlier run left;
     `shard` (i, n) takes every n-th sample from the i-th on, and puts that into the file names (`probe.trace.merge`).
     A sample that fails is recorded with its reason, and the run goes on. Raises `ProbeError` for anything that
-    concerns the run as a whole, before a file is made.
+    concerns the run as a whole, before a file is made. Asked to stop (Ctrl-C, SIGTERM, SIGHUP), it finishes its
+    sample, closes the partial traces and raises `Stopped`; asked twice, it stops at once.
     """
     if seed is not None:
         recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"seed": seed})})
@@ -170,10 +176,13 @@ def run(
     if with_baseline:
         sides.insert(0, side("baseline", recipe.without_interventions(), folder / f"{stem}.baseline.trace.h5"))
 
-    failed = count = unreached = 0
+    count = finished = unreached = 0
     warm = False
+    failures: list[tuple[int, str]] = []
+    warned: set[str] = set()
     notes: list[str] = []
     with ExitStack() as stack:
+        stopping = stack.enter_context(Stopping())
         writers = [
             stack.enter_context(
                 open_writer(
@@ -192,9 +201,13 @@ def run(
         for number, item in enumerate(source):
             if shard is not None and number % shard[1] != shard[0]:
                 continue
+            if stopping.signal is not None:
+                raise Stopped(stopping.signal, folder, finished, total if shard is None else None)
             count += 1
+            finished += 1
             if all(number in w.done for w in writers):
                 continue
+            no_memory = False
             try:
                 if isinstance(item, ProbeError):
                     raise item
@@ -209,27 +222,27 @@ def run(
                     total=total,
                     on_progress=on_progress,
                     warm_up=not warm,
+                    warned=warned,
                 )
                 warm = True
-            except KeyboardInterrupt:
-                raise
+                done = [record_of(item, number, result, pictures=recipe.trace.pictures) for result in results]
+                unreached += bool(results[-1].arrays["unreached"])
             except Exception as error:
-                failed += 1
-                reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
-                record = failure_of(item, number, reason)
-                for writer in (w for w in writers if number not in w.done):
-                    writer.write(record)
-                notes.append(f"sample {number} failed: {reason}")
-                continue
-            unreached += bool(results[-1].arrays["unreached"])
-            for writer, result in zip(writers, results, strict=True):
+                failures.append((number, reason_of(error)))
+                done = [failure_of(item, number, failures[-1][1])] * len(writers)
+                no_memory = is_out_of_memory(error)
+            if no_memory:  # here nothing refers to the exception, and to what its frames held, any more
+                free_memory()
+            for writer, record in zip(writers, done, strict=True):
                 if number not in writer.done:
-                    writer.write(record_of(item, number, result, pictures=recipe.trace.pictures))
+                    writer.write(record)
     if unreached:
         notes.append(f"{unreached} of {count} samples ended before an intervention's first step (trace: `unreached`)")
     if of_harness and samples is None and shard is None:
         notes += [_scored_by_harness(s) for s in sides]
     rows = summarise([s.path for s in sides], [s.label for s in sides])
+    failed = count_failed(sides[-1].path)
+    notes += failure_notes(failures, failed)
     if intervenes and rows[-1].untouched:
         notes.append(
             f"{rows[-1].untouched} of {rows[-1].n} samples kept every visual token: they ended before the intervention "
@@ -241,10 +254,8 @@ def run(
         rows=rows,
         failed=failed,
         samples=count,
+        picture=_draw(sides, notes),
         notes=tuple(notes),
-        picture=draw_run(
-            sides[0].path if with_baseline else None, sides[-1].path, sides[-1].path.with_suffix("").with_suffix(".png")
-        ),
     )
 
 
@@ -253,6 +264,16 @@ def _scored_by_harness(side: _Side) -> str:
     from probe import lmms_score
 
     return lmms_score.note(side.label, lmms_score.score(side.path, side.recipe))
+
+
+def _draw(sides: Sequence[_Side], notes: list[str]) -> Path | None:
+    """The run's picture. The traces are complete by now, so that one which cannot be drawn is a note, no failure."""
+    path = sides[-1].path
+    try:
+        return draw_run(sides[0].path if len(sides) > 1 else None, path, path.with_suffix("").with_suffix(".png"))
+    except Exception as error:
+        notes.append(f"the run's picture could not be drawn ({reason_of(error)}); the traces are complete")
+        return None
 
 
 def _one_sample(
@@ -267,8 +288,10 @@ def _one_sample(
     total: int | None,
     on_progress: OnProgress | None,
     warm_up: bool,
+    warned: set[str],
 ) -> list[Generated]:
     """All sides of one sample; pictures are encoded once for all sides that have no probes in the encoder."""
+    sample.check()
     recipe = sides[0].recipe
     seen: dict[int, _Seen] = {}
 
@@ -276,6 +299,7 @@ def _one_sample(
         key = id(table) if table.encoder else 0
         if key not in seen:
             seen[key] = _see(backbone, sample, table, seed * 1_000_003 + number, think=bool(recipe.generate.think))
+            check_length(backbone, seen[key].prompt, rule.gen_length + len(rule.suffix))
         return seen[key]
 
     rule = rule_for(backbone, recipe, sample.generate, pictures=bool(sample.pictures))
@@ -339,6 +363,14 @@ def _one_sample(
             results[side.path] = replace(result, arrays=result.arrays | {"visual_box": box})
     again = turns if timed else []
     clean = {side.path: unrecorded(side) for side in again} if recording else results
+    for side in sides:
+        dims = {v.name: v.dims for v in recorded_variables(side.table)}
+        done = results[side.path]
+        where = where_first(done.arrays, side.table, dims, rule.steps, done.nan_scores)
+        if where is not None and side.label not in warned:
+            warned.add(side.label)
+            told = f"{side.label}, sample {number}, {where}; `{NONFINITE}` in the trace counts them"
+            warnings.warn(told, NotFinite, stacklevel=2)
     return [_compared(side, results[side.path], clean.get(side.path), number) for side in sides]
 
 
@@ -351,6 +383,8 @@ class _Seen:
     """By phase: `encode` and `probe`."""
     flops: Mapping[str, float]
     arrays: Mapping[str, np.ndarray]
+    nan_scores: Mapping[str, int]
+    """How many values of its scores were NaN, by probe."""
 
 
 def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, *, think: bool) -> _Seen:
@@ -372,24 +406,26 @@ def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, 
     spent = watch.drain()
     seconds = {phase: sum(s for (_, p), s in spent.items() if p == phase) for phase in flops}
     if done is None:
-        return _Seen(backbone.assemble(sample.question, None, think=think), seconds, flops, {})
-    return _Seen(done.assemble(backbone, sample.question, think=think), seconds, flops, done.arrays)
+        return _Seen(backbone.assemble(sample.question, None, think=think), seconds, flops, {}, {})
+    return _Seen(done.assemble(backbone, sample.question, think=think), seconds, flops, done.arrays, done.nan_scores)
 
 
 def _charged(result: Generated, seen: _Seen) -> Generated:
     """A result with its share of the encoding, and what was recorded there."""
     arrays = {**result.arrays, **seen.arrays}
-    seconds, flops = arrays["seconds"].copy(), arrays["flops"].copy()
+    seconds, flops, nonfinite = (arrays[name].copy() for name in ("seconds", "flops", NONFINITE))
+    nonfinite[0] += sum(seen.nan_scores.values())
     for phase in ("encode", "probe"):
         seconds[0, PHASES.index(phase)] += seen.seconds[phase]
         flops[0, PHASES.index(phase)] += seen.flops[phase]
     arrays |= {
         "seconds": seconds,
         "flops": flops,
+        NONFINITE: nonfinite,
         "seconds_total": arrays["seconds_total"] + sum(seen.seconds.values()),
         "flops_total": arrays["flops_total"] + sum(seen.flops.values()),
     }
-    return replace(result, arrays=arrays)
+    return replace(result, arrays=arrays, nan_scores=result.nan_scores | dict.fromkeys(seen.nan_scores, 0))
 
 
 def _compared(side: _Side, result: Generated, clean: Generated | None, number: int) -> Generated:

@@ -17,7 +17,8 @@ from probe.trace_summary import unpruned_tokens
 class Row:
     """One line of the table. Means over the samples that did not fail; NaN where nothing is known.
 
-    `seconds` is wall time and `flops` executed FLOPs per sample with nothing recorded; `visual_tokens` the
+    `seconds` is wall time and `flops` executed FLOPs per sample with nothing recorded (where that was not measured:
+    FLOPs as recorded, attention rows for signals included); `visual_tokens` the
     mean over layers and steps (so the trajectory average); `retention` the same as a share of the original;
     `untouched` counts the samples with pictures that kept every visual token to the end.
     """
@@ -32,6 +33,7 @@ class Row:
     visual_tokens: float
     retention: float
     untouched: int
+    failed: int = 0
 
 
 def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:
@@ -49,7 +51,9 @@ def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:
             original = [unpruned_tokens(trace, k) for k in ran]
             retention = [t / n if n else np.nan for t, n in zip(tokens, original, strict=True)]
             scores = trace.array("score")[ran].tolist()
-            seconds, flops = (trace.array(name)[ran].tolist() for name in ("seconds_unrecorded", "flops_unrecorded"))
+            seconds, clean, flops = (
+                trace.array(name)[ran] for name in ("seconds_unrecorded", "flops_unrecorded", "flops_total")
+            )
         rows.append(
             Row(
                 label=label,
@@ -57,14 +61,21 @@ def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:
                 score=_mean(scores),
                 score_half_width=_half_width(scores),
                 agreement=_mean(agreed),
-                seconds=_mean(seconds),
-                flops=_mean(flops),
+                seconds=_mean(seconds.tolist()),
+                flops=_mean(np.where(np.isnan(clean), flops, clean).tolist()),
                 visual_tokens=_mean(tokens),
                 retention=_mean(retention),
                 untouched=sum(r == 1.0 for r in retention),
+                failed=len(failed) - len(ran),
             )
         )
     return tuple(rows)
+
+
+def count_failed(path: Path) -> int:
+    """Samples of a trace that failed."""
+    with open_trace(path) as trace:
+        return int((trace.array("failed") != "").sum())
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -91,6 +91,7 @@ class TraceWriter:
         self._partial = _partial(self.path)
         self._h5: h5py.File | None = None
         self._closed = False
+        self._began = False  # whether a sample was written since the file was opened
         self._broken = ""  # why nothing can be written any more
         self._every = 1  # samples per commit; merging, which can be repeated, takes more
         self._pending = 0
@@ -112,7 +113,8 @@ class TraceWriter:
                 raise ProbeError(f"{self.path} is already there; resume it, remove it, or choose another name")
             if not self._partial.exists():
                 source = self.path  # a complete trace gets more samples; renamed once it is known to fit
-        created = not source.exists()
+        created = self._created = not source.exists()
+        self._was_complete = source == self.path
         self._main = self._claim(source, undo)
         journal = _journal(self._partial)
         anew = overwrite and not resume
@@ -209,6 +211,7 @@ class TraceWriter:
         self._h5 = h5 = h5py.File(self._file, "r+")
         if _plain(h5.attrs.get("Conventions")) != CONVENTIONS:
             raise ProbeError(f"cannot resume {source}: it is not a trace; remove it or choose another name")
+        self._file.token = bytes(h5.attrs["trace_id"])  # the journal belongs to the file, not to this run
         there = Trace(source, _contents(h5))
         found = differences(there.header, there.declared(), self.header, self.variables.values())
         if found:
@@ -268,6 +271,7 @@ class TraceWriter:
                 raise ProbeError(f"{where}: variable `{name}` was not declared; {near}")
         arrays = {n: check_array(self.variables[n], a, where) for n, a in record.arrays.items()}
         extents = extents_of(arrays, self.variables, self.header.coords, where)
+        self._began = True
         try:
             self._append(record, arrays, extents)
             self._pending += 1
@@ -375,6 +379,13 @@ class TraceWriter:
             self._drop()
             with contextlib.suppress(OSError):
                 self._file.settle()
+            self._file.close()
+            with contextlib.suppress(OSError):
+                if self._created and not self._rows:  # nothing was written: leave nothing in the way of another run
+                    for path in (_journal(self._partial), self._partial):
+                        path.unlink(missing_ok=True)
+                elif self._was_complete and not self._began:  # nothing was added: as complete as before
+                    os.replace(self._partial, self.path)
             self._release()
 
     def _drop(self) -> None:
@@ -404,9 +415,12 @@ class TraceWriter:
 # -------------------------------------------------------------------- reading
 
 
-def open_trace(path: Path | str) -> Trace:
+def open_trace(path: Path | str, *, damaged: bool = False) -> Trace:
     """Open a finished or a partial trace for reading. A partial one may still be being written: it is then read
     as it was after its last complete sample.
+
+    `damaged` also opens a file that was cut off: what is missing reads as zeros, and only checksums tell which values
+    are whole (`probe.trace_examine`).
     """
     path = Path(path)
     if not path.exists():
@@ -418,7 +432,7 @@ def open_trace(path: Path | str) -> Trace:
         raise ProbeError(f"{path} is a folder, not a trace; name one file in it")
     with contextlib.ExitStack() as closing:
         try:
-            h5 = _open_for_reading(path, closing)
+            h5 = _open_for_reading(path, closing, damaged=damaged)
             conventions = _plain(h5.attrs.get("Conventions", ""))
             if conventions != CONVENTIONS:
                 said = f"its Conventions are `{conventions}`" if conventions else "it has no Conventions attribute"
@@ -433,8 +447,11 @@ def open_trace(path: Path | str) -> Trace:
         return trace
 
 
-def _open_for_reading(path: Path, closing: contextlib.ExitStack) -> h5py.File:
+def _open_for_reading(path: Path, closing: contextlib.ExitStack, *, damaged: bool = False) -> h5py.File:
     journal = _journal(path)
+    if damaged:
+        main = closing.enter_context(open(path, "rb", buffering=0))  # noqa: SIM115 (closed by the stack)
+        return closing.enter_context(h5py.File(_as_if_whole(with_journal(main, journal)), "r"))
     if not path.name.endswith(".partial"):
         return closing.enter_context(h5py.File(path, "r", locking="best-effort"))
     main = closing.enter_context(open(path, "rb", buffering=0))  # noqa: SIM115 (closed by the stack)
@@ -447,6 +464,22 @@ def _open_for_reading(path: Path, closing: contextlib.ExitStack) -> h5py.File:
     if not view.read(PAGE).strip(b"\0"):
         raise ProbeError(f"{path} holds nothing yet: the run was stopped as it began; start it again")
     return closing.enter_context(h5py.File(view, "r"))
+
+
+_END_OF_FILE = 40  # where HDF5's superblock, of version 0 as the writer makes it, says how long the file is
+
+
+def _as_if_whole(view: JournaledFile) -> JournaledFile:
+    """A view of a file as long as it says it should be, with zeros for what is missing; HDF5 refuses others."""
+    there = view.seek(0, os.SEEK_END)
+    view.seek(0)
+    first = bytearray(view.read(PAGE))
+    if len(first) == PAGE and first.startswith(b"\x89HDF\r\n\x1a\n\0"):
+        said = int.from_bytes(first[_END_OF_FILE : _END_OF_FILE + 8], "little")
+        whole = said if there <= said <= 64 * there + (1 << 20) else there
+        first[_END_OF_FILE : _END_OF_FILE + 8] = whole.to_bytes(8, "little")
+        view.cover(0, first, whole)
+    return view
 
 
 def _unreadable(path: Path, error: OSError) -> str:

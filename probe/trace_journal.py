@@ -31,8 +31,9 @@ except ImportError:  # no POSIX locks here (Windows): an owner file stands in, s
 
 PAGE = 4096
 TOKEN_BYTES = 16
-_HEADER = struct.Struct("<8s16s")  # magic, token of the file that this journal belongs to
-_MAGIC = b"PRBJRNL1"
+_HEADER = struct.Struct("<8s16sQI")  # magic, token of the file that this journal belongs to, see `_applied`
+_MAGIC = b"PRBJRNL2"
+_APPLIED = 24  # where the header says how many bytes of the journal are in their places, and a checksum of that
 _TRANSACTION = struct.Struct("<4sQQI")  # magic, pages, size of the file afterwards, crc32 of what follows
 _BEGIN = b"TXN1"
 
@@ -47,13 +48,26 @@ def read_journal(journal: BinaryIO, main: BinaryIO) -> tuple[dict[int, bytearray
     head = journal.read(_HEADER.size)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
         return None
-    token = _HEADER.unpack(head)[1]
+    _, token, applied, check = _HEADER.unpack(head)
+    if zlib.crc32(head[_APPLIED : _APPLIED + 8]) != check:
+        applied = 0
     main.seek(0)
     first_page = main.read(PAGE)
     if token not in first_page and first_page.strip(b"\0"):
         return None
+    pages, size, end = _transactions(journal)
+    if end < applied:
+        # A transaction is damaged whose pages, and those of later ones, are in their places already: older pages must
+        # not be laid over them. What was not copied yet follows.
+        journal.seek(applied)
+        pages, size, _ = _transactions(journal)
+    return (pages, size) if size >= 0 else None
+
+
+def _transactions(journal: BinaryIO) -> tuple[dict[int, bytearray], int, int]:
+    """Complete transactions from the present position on: pages, size of the file (-1: none), where they end."""
     pages: dict[int, bytearray] = {}
-    size = -1
+    size, end = -1, journal.tell()
     while len(head := journal.read(_TRANSACTION.size)) == _TRANSACTION.size:
         magic, count, new_size, crc = _TRANSACTION.unpack(head)
         if magic != _BEGIN or count > (1 << 40) // PAGE:
@@ -64,8 +78,8 @@ def read_journal(journal: BinaryIO, main: BinaryIO) -> tuple[dict[int, bytearray
         for i, page in enumerate(struct.unpack_from(f"<{count}Q", body)):
             start = count * 8 + i * PAGE
             pages[page] = bytearray(body[start : start + PAGE])
-        size = new_size
-    return (pages, size) if size >= 0 else None
+        size, end = new_size, journal.tell()
+    return pages, size, end
 
 
 class JournaledFile:
@@ -81,7 +95,7 @@ class JournaledFile:
         self._main = main
         self._journal_path = journal_path
         self._journal: BinaryIO | None = None
-        self._token = token
+        self.token = token
         self._pages: dict[int, bytearray] = {}  # changed since the last commit
         self._logged: dict[int, bytearray] = {}  # in the journal, not yet in its place
         self._synced = -self.sync_seconds
@@ -167,6 +181,11 @@ class JournaledFile:
         """See the file as if these pages were in it (read-only use of a file that needs its journal)."""
         self._logged, self._size = dict(pages), size
 
+    def cover(self, page: int, content: bytearray, size: int) -> None:
+        """See one page, and the length, otherwise than they are (read-only use of a damaged file)."""
+        self._logged[page] = content
+        self._size = size
+
     def recover(self) -> None:
         """Bring complete transactions of a journal left by a killed process into the file; then start it anew."""
         assert self._journal_path is not None
@@ -184,7 +203,7 @@ class JournaledFile:
         if self._pages or self._size != self._main_size:
             if self._journal is None:
                 self._journal = open(self._journal_path, "w+b", buffering=0)  # noqa: SIM115 (lives as long as we do)
-                self._journal.write(_HEADER.pack(_MAGIC, self._token))
+                self._journal.write(_HEADER.pack(_MAGIC, self.token, 0, zlib.crc32(bytes(8))))
             with self._commit_lock():
                 self._log(self._journal)
                 late = time.monotonic() - self._synced >= self.sync_seconds
@@ -215,10 +234,15 @@ class JournaledFile:
         os.fsync(journal.fileno())
         self._apply()
         self._synced = time.monotonic()
-        if journal.tell() > self.checkpoint_bytes:
+        end = journal.tell()
+        if end > self.checkpoint_bytes:
             os.fsync(self._main.fileno())
-            journal.seek(_HEADER.size)
-            journal.truncate(_HEADER.size)
+            end = _HEADER.size
+        applied = struct.pack("<Q", end)
+        journal.seek(_APPLIED)
+        journal.write(applied + struct.pack("<I", zlib.crc32(applied)))
+        journal.seek(end)
+        journal.truncate(end)
 
     def _reserve(self) -> None:
         """Claim the disk space of a longer file before anything is promised, so that copying cannot run out of it."""

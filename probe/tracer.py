@@ -25,7 +25,7 @@ from probe.ledger import Ledger
 from probe.looking import Recorder
 from probe.loop import Pass, PassResult, Step
 from probe.pass_state import Kit, PassState
-from probe.probe_code import CodeProbe, run_traced
+from probe.probe_code import CodeProbe, CodeRows, run_traced
 from probe.site import Clock, Site
 from probe.store import KeyStore
 from probe.timing import Stopwatch
@@ -111,9 +111,7 @@ class Tracer:
         self.flops.append(state.flops)
         drawn_over = request.canvas.layout if request.work.prompt == "all" else self._computed
         places = drawn_over.locate(request.rows)
-        return PassResult(
-            logits, state.canvas_after, drawn_over.length, places, state.on_cache, state.chosen
-        )
+        return PassResult(logits, state.canvas_after, drawn_over.length, places, state.on_cache, state.chosen)
 
     def observe(self, step: Step) -> None:
         """The loop has decided: what conditions wait for."""
@@ -164,7 +162,8 @@ class Tracer:
             if delta is not None:
                 stack.enter_context(replaced(state, delta))
             if code:
-                hidden, saved = run_traced(self.kit.backbone, inputs, code, request.clock)
+                rows = CodeRows(*(x.repeat(state.streams, 1) for x in (state.layout.visual, state.layout.role)))
+                hidden, saved = run_traced(self.kit.backbone, inputs, code, request.clock, rows)
                 for probe in (c for c in code if c.name in saved):
                     value = probe.per_sample(saved[probe.name], state.batch)
                     self.kit.recorder.add(probe.name, request.clock.pass_index, None, value)

@@ -8,7 +8,8 @@ models for which even the small files are not needed, and `tiny` builders of sma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from probe.backbones import (
     llava_next_config,
     qwen_vl_config,
 )
-from probe.backbones.checkpoint import EMBEDDED, Checkpoint, resolve
+from probe.backbones.checkpoint import EMBEDDED, Checkpoint, check_sizes, resolve
 from probe.errors import ProbeError
 from probe.registry import Entry, Registry
 
@@ -182,9 +183,12 @@ def load(
     `encoder_attention`, `special`, `device_map`, and Qwen2.5-VL `min_pixels`, `max_pixels`). Raises `ProbeError`.
     """
     checkpoint = resolve(name, revision=revision)
-    adapter = adapter_of(checkpoint).function()
+    entry = adapter_of(checkpoint)
     options.update(device=device, dtype=dtype, attention=attention)
-    return cast("Backbone", adapter.from_checkpoint(checkpoint, **options))
+    with _told(checkpoint):
+        if "facts" in entry.meta:
+            _check(checkpoint, entry.meta["facts"](checkpoint))
+        return cast("Backbone", entry.function().from_checkpoint(checkpoint, **options))
 
 
 def facts_of(name: str | Path, *, revision: str | None = None) -> ModelFacts:
@@ -192,7 +196,8 @@ def facts_of(name: str | Path, *, revision: str | None = None) -> ModelFacts:
     if published := _published(name, revision):
         return published.facts()
     checkpoint = resolve(name, revision=revision, weights=False)
-    return cast("ModelFacts", adapter_of(checkpoint).meta["facts"](checkpoint))
+    with _told(checkpoint):
+        return _check(checkpoint, adapter_of(checkpoint).meta["facts"](checkpoint))
 
 
 def adapter_class(name: str | Path, *, revision: str | None = None) -> type[Backbone]:
@@ -208,7 +213,31 @@ def visual_count(name: str | Path, sizes: Sequence[tuple[int, int]], *, revision
     if published := _published(name, revision):
         return published.count(sizes)
     checkpoint = resolve(name, revision=revision, weights=False)
-    return int(adapter_of(checkpoint).meta["count"](checkpoint, sizes))
+    with _told(checkpoint):
+        return int(adapter_of(checkpoint).meta["count"](checkpoint, sizes))
+
+
+def _check(checkpoint: Checkpoint, facts: ModelFacts) -> ModelFacts:
+    check_sizes(checkpoint.source, layers=facts.layers, encoder_layers=facts.encoder_layers)
+    return facts
+
+
+@contextmanager
+def _told(checkpoint: Checkpoint) -> Iterator[None]:
+    """Whatever a checkpoint's files make a library stumble over, as one message that names the checkpoint."""
+    try:
+        yield
+    except (ProbeError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            raise
+        first = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+        told = f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
+        raise ProbeError(
+            f"{checkpoint.source}: its config.json, tokenizer or weights do not make a model ({told}); "
+            "compare them with those of the published checkpoint"
+        ) from error
 
 
 def known_backbones() -> list[KnownBackbone]:

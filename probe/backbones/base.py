@@ -255,6 +255,10 @@ class Backbone(ABC, nn.Module):
         """Patch features `(n, encoder width)` of the encoder's output in the space of its text tower, `(n, d)`."""
         raise ProbeError(f"{self.facts.name} has no text tower")
 
+    def text_space_flops(self, n: int) -> int:
+        """Executed FLOPs of `text_space` for n patches."""
+        return 0
+
     @abstractmethod
     def rotary(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """`(cos, sin)`, each `(batch, length, head size)`, at `position (batch, length[, axes])`."""

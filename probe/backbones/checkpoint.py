@@ -29,6 +29,8 @@ TEXT_TOWER = "text_tower"
 """The folder inside a checkpoint's where the text half of its encoder's model may lie."""
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 Shape = tuple[int, ...]
+MOST_LAYERS = 1000
+"""Layers that a config may claim."""
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SAMPLE, _SAMPLES = 1 << 16, 32
@@ -58,7 +60,7 @@ class Checkpoint:
             return None
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ProbeError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(value, dict):
             raise ProbeError(f"{path} holds a {type(value).__name__}; expected an object of settings")
@@ -152,9 +154,10 @@ class Tensors:
         return {k: tuple(h.get_slice(k).get_shape()) for k, h in self._handles.items()}
 
     def read(self, key: str, rows: int | None = None) -> torch.Tensor:
-        """A tensor as stored, or only its first rows."""
+        """A tensor as stored, or only its first rows; one that holds NaN or infinity raises `ProbeError`."""
         handle = self._handles[key]
         tensor: torch.Tensor = handle.get_tensor(key) if rows is None else handle.get_slice(key)[:rows]
+        check_finite(key, tensor)
         return tensor
 
 
@@ -213,6 +216,24 @@ def check_names(expected: Mapping[str, Shape], found: Mapping[str, Shape], where
         raise ProbeError(f"{where}: the weights do not fit the config ({count}). {'; '.join(wrong)}")
 
 
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse weights with NaN or infinity: a file damaged on its way, or training that diverged."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    values = tensor if tensor.element_size() > 1 else tensor.float()  # 8-bit floats have no minimum
+    low, high = values.aminmax()
+    if not bool(low.isfinite() & high.isfinite()):
+        count = int((~values.isfinite()).sum())
+        raise ProbeError(f"the tensor {name} holds {count} values that are NaN or infinite; fetch the weights again")
+
+
+def check_sizes(source: object, **layers: int) -> None:
+    """Refuse a config whose numbers of layers no model has, before anything of that size is built."""
+    for name, count in layers.items():
+        if not 0 <= count <= MOST_LAYERS:
+            raise ProbeError(f"{source}: config.json says {count} {name}; 0 to {MOST_LAYERS} can be")
+
+
 def choose_dtype(asked: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The type to run in: the one asked for, or for `auto` the stored one, float16 being float32 on a CPU."""
     import torch
@@ -220,6 +241,8 @@ def choose_dtype(asked: str | torch.dtype, stored: torch.dtype, device: torch.de
     if isinstance(asked, torch.dtype):
         return asked
     if asked == "auto":
+        if not stored.is_floating_point or stored.itemsize < 2:
+            raise ProbeError(f"the weights are stored as {stored}; say in which type to run: {', '.join(DTYPES)}")
         return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
     if asked not in DTYPES:
         raise ProbeError(f"dtype={asked!r}; known: auto, {', '.join(DTYPES)}")

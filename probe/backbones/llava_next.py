@@ -24,6 +24,7 @@ from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.layout import Cells, Layout, Tiled
 from probe.backbones.pixels import cut, normalise, rgb
 from probe.backbones.pruned import views_of
+from probe.backbones.text_tower import ClipTextTower
 from probe.cost import EncoderDims, encoder_dims
 from probe.errors import ProbeError
 from probe.site import ModelFacts
@@ -45,6 +46,7 @@ class LlavaNext(Autoregressive):
     def configure(self, checkpoint: Checkpoint) -> None:
         """Tiles, the normalisation of pixels, and the encoder without the layers that no feature comes from."""
         config, where = checkpoint.config, checkpoint.source
+        self.checkpoint = checkpoint
         self.geometry = names.geometry(config, where)
         said = checkpoint.json("preprocessor_config.json") or {}
         self.mean, self.std = said.get("image_mean") or CLIP_MEAN, said.get("image_std") or CLIP_STD
@@ -123,6 +125,40 @@ class LlavaNext(Autoregressive):
     def encode_flops(self, features: Features) -> float:
         """Patch embedding, the layers in use and the projector, for every view; the class token is a row too."""
         return float(self.encoder_cost.encode(features.projected.shape[0]))
+
+    def embed_text(self, text: str) -> Tensor:
+        """`(d,)`: a text through CLIP's text half, if the checkpoint's folder holds one; loaded when first used."""
+        return self._text_tower()(text)
+
+    def text_flops(self, text: str) -> int:
+        """Executed FLOPs of `embed_text`."""
+        return self._text_tower().flops(text)
+
+    @torch.no_grad()
+    def text_space(self, hidden: Tensor) -> Tensor:
+        """CLIP's final norm and visual projection on patch features."""
+        tower: Any = self.native.model.vision_tower
+        return self._text_tower().project(tower.post_layernorm(hidden))
+
+    def text_space_flops(self, n: int) -> int:
+        """Executed FLOPs of `text_space` for n patches."""
+        return self._text_tower().project_flops(n)
+
+    def _text_tower(self) -> ClipTextTower:
+        if not self.facts.text_tower:
+            raise ProbeError(f"{self.source} has no text tower")
+        if len(self.feature_layers) > 1:
+            raise ProbeError(
+                f"{self.source}: its features come from several layers of CLIP, which have no place in its text space"
+            )
+        tower = self.__dict__.get("_text")  # no submodule: its weights are none of the checkpoint's own
+        if tower is None:
+            vision: Any = self.native.model.vision_tower
+            width, kernel = vision.config.hidden_size, vision.config._attn_implementation
+            dtype = next(vision.parameters()).dtype
+            tower = ClipTextTower(self.checkpoint, width, self.device, dtype, kernel)
+            self.__dict__["_text"] = tower
+        return cast(ClipTextTower, tower)
 
     @torch.no_grad()
     def lay_out(self, features: Features) -> tuple[list[Tensor], Cells]:

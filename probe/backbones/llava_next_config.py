@@ -99,7 +99,7 @@ def geometry(config: Mapping[str, Any], where: str) -> Geometry:
 
 def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     """Sizes of a checkpoint from its config alone. Encoder layers are those in use: up to the features' layer."""
-    return _facts(checkpoint.source, checkpoint.config)
+    return replace(_facts(checkpoint.source, checkpoint.config), text_tower=checkpoint.has_text_tower)
 
 
 def visual_count(checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]]) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from probe.data.metrics import METRICS, unfit
-from probe.data.pictures import open_image
+from probe.data.pictures import is_file, open_image, shown
 from probe.data.sample import Sample
 from probe.data.video import FRAMES, read_clip
 from probe.errors import ProbeError
@@ -54,29 +55,40 @@ def from_jsonl(path: str | Path) -> Iterator[Sample]:
     Fields: ``image`` (a path), ``images`` (a list of paths), ``frames`` (the pictures of one clip, a list of paths) or
     ``video`` (a video file or a folder of frames, of which ``frames``, a number, are taken evenly; default 32);
     ``question``; optional ``answer`` (a text) or ``answers`` (a list), ``metric`` (default ``exact_match`` where there
-    is an answer), ``id`` (default the line's number). Paths are relative to the file. Every line is checked before the
-    first sample is given out; pictures are read when their sample's turn comes. Reading may go on after a sample whose
-    picture is damaged.
+    is an answer), ``id`` (default the line's number). Paths are relative to the file. A line that is wrong, and a
+    picture that is damaged, raise `ProbeError` when their turn comes; reading may go on after that. A file of which no
+    line is right raises at once, with what is wrong in the first one.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ProbeError(f"no file at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ProbeError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    rows = [
-        (f"{path}, line {number}", _checked(line, f"{path}, line {number}", path.parent, str(number)))
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
+    except (OSError, ValueError) as error:
+        raise ProbeError(f"{shown(path)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    rows: list[tuple[str, dict[str, Any] | ProbeError]] = []
+    seen: dict[str, str] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = _checked(line, where, path.parent, str(number))
+            if row["id"] in seen:
+                before = seen[row["id"]]
+                raise ProbeError(f"{where}: the id {row['id']!r} was already used at {before}; ids must differ")
+        except ProbeError as error:
+            rows.append((where, error))
+            continue
+        seen[row["id"]] = where
+        rows.append((where, row))
     if not rows:
         raise ProbeError(f"{path} holds no samples; a line looks like {_EXAMPLE}")
-    seen: dict[str, str] = {}
-    for where, row in rows:
-        if row["id"] in seen:
-            raise ProbeError(f"{where}: the id {row['id']!r} was already used at {seen[row['id']]}; ids must differ")
-        seen[row["id"]] = where
+    if not seen:
+        only = f" (none of the {len(rows)} lines is right)" if len(rows) > 1 else ""
+        raise ProbeError(f"{rows[0][1]}{only}")
     return map(_sample, rows)  # a map goes on after an exception, a generator would not
 
 
@@ -88,6 +100,8 @@ def _checked(line: str, where: str, folder: Path, number: str) -> dict[str, Any]
         raise ProbeError(
             f"{where}: not JSON ({error.msg} at column {error.colno}); a line looks like {_EXAMPLE}"
         ) from None
+    except (RecursionError, ValueError):  # thousands of brackets, numbers of thousands of digits
+        raise ProbeError(f"{where}: nested too deeply, or a number too long; a line looks like {_EXAMPLE}") from None
     if not isinstance(row, dict):
         raise ProbeError(f"{where}: a JSON object is wanted, not {type(row).__name__}; a line looks like {_EXAMPLE}")
     for key in row:
@@ -109,8 +123,8 @@ def _checked(line: str, where: str, folder: Path, number: str) -> dict[str, Any]
     paths = [folder / path for path in row[seen]] if isinstance(row[seen], list) else [folder / row[seen]]
     what = "video" if seen == "video" else "picture"
     for path in paths:
-        if not (path.is_file() or (seen == "video" and path.is_dir())):
-            raise ProbeError(f"{where}: no {what} at {path} (paths are relative to the JSONL file)")
+        if not (is_file(path) or (seen == "video" and os.path.isdir(path))):
+            raise ProbeError(f"{where}: no {what} at {shown(path)} (paths are relative to the JSONL file)")
     name = row.get("id", number)
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
         raise ProbeError(f"{where}: `id` must be a text or a whole number")
@@ -160,8 +174,10 @@ def _texts(row: dict[str, Any], one: str, many: str, where: str) -> list[str]:
     return values
 
 
-def _sample(located: tuple[str, dict[str, Any]]) -> Sample:
+def _sample(located: tuple[str, dict[str, Any] | ProbeError]) -> Sample:
     where, row = located
+    if isinstance(row, ProbeError):
+        raise row
     try:
         if row["seen"] == "video":
             pictures = read_clip(row["paths"][0], row["count"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,35 +11,67 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from probe.data.sample import check_size
 from probe.errors import ProbeError
 
 MOST_PIXELS = 100_000_000  # 100 megapixels; more is taken for a decompression bomb
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+"""What is read: pictures made of pixels. Formats that are programs or that need other programs (EPS, WMF) are not."""
 GAP = 0.02  # between pictures of a sheet, as a share of a cell
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The picture in RGB, turned as its EXIF orientation says."""
+    """The picture in RGB, turned as its EXIF orientation says; of an animation the first frame.
+
+    Sixteen bits per channel become eight; transparency is dropped, not blended.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise ProbeError(f"no picture at {path}" + (" (that is a folder)" if path.is_dir() else ""))
+    if not is_file(path):
+        raise ProbeError(f"no picture at {shown(path)}" + (" (that is a folder)" if os.path.isdir(path) else ""))
     too_large = f"{path} holds more than {MOST_PIXELS // 10**6} megapixels; give a smaller picture"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged by our own bound
-            with Image.open(path) as file:
+            warnings.simplefilter("ignore")  # of sizes, judged by our own bounds, and of damaged metadata
+            with Image.open(path, formats=FORMATS) as file:
                 if file.width * file.height > MOST_PIXELS:
                     raise ProbeError(too_large)
-                return ImageOps.exif_transpose(file).convert("RGB")
+                check_size(file, str(path))
+                return eight_bits(ImageOps.exif_transpose(file), path).convert("RGB")
     except Image.DecompressionBombError:
         raise ProbeError(too_large) from None
     except UnidentifiedImageError:
-        raise ProbeError(f"{path} is not a picture that Pillow can read; PNG and JPEG work") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:  # what Pillow raises for damaged files of several formats
-        raise ProbeError(f"the picture {path} cannot be read: {error}") from None
+        raise ProbeError(f"{path} is not a picture that can be read; PNG and JPEG work") from None
+    except ProbeError:
+        raise
+    except MemoryError:
+        raise ProbeError(f"{path} takes more memory than there is; give a smaller picture") from None
+    except Exception as error:  # decoders of damaged files raise errors of every kind
+        raise ProbeError(f"the picture {path} cannot be read: {str(error) or type(error).__name__}") from None
+
+
+def eight_bits(image: Image.Image, where: object) -> Image.Image:
+    """A picture of one channel of 16 bits with 8 (0..65535 becomes 0..255); Pillow alone would cut all above 255."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ProbeError(f"{where} holds {kind} values of unknown range; convert it to 8 or 16 bits per channel")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; what cannot even be the name of one (too long, NUL in it) is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def shown(path: Path) -> str:
+    """A path for a message, of bounded length."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def sheet_places(sizes: Sequence[tuple[int, int]]) -> tuple[tuple[float, float], np.ndarray]:

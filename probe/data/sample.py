@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from probe.errors import ProbeError
+
+LONGEST_SIDE = 16_384
+"""Pixels. Some encoders pad pictures to squares: a strip of 20,000 x 1 pixels would become 400 megapixels."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -34,3 +39,21 @@ class Sample:
     def pictures(self) -> tuple[Image.Image, ...]:
         """All that is to be seen: the images, or the frames of the clip."""
         return self.images or self.frames
+
+    def check(self) -> None:
+        """Raise `ProbeError` where there is nothing to ask, or a text that no tokenizer takes."""
+        if not self.question.strip():
+            raise ProbeError(f"sample {self.id}: the question is empty; say what to ask")
+        try:
+            self.question.encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = f"the question holds half of a surrogate pair ({error.reason})"
+            raise ProbeError(f"sample {self.id}: {what}") from None
+        for image in self.pictures:
+            check_size(image, f"sample {self.id}: the picture")
+
+
+def check_size(image: Image.Image, what: str) -> None:
+    """Raise `ProbeError` for a picture without pixels, or one too long to be padded to a square."""
+    if 0 in image.size or max(image.size) > LONGEST_SIDE:
+        raise ProbeError(f"{what} is {image.width} x {image.height} pixels; 1 to {LONGEST_SIDE} are read on a side")

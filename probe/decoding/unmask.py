@@ -46,7 +46,8 @@ def confidence(logits: Tensor, candidate: Tensor) -> Tensor:
 def select(score: Tensor, eligible: Tensor, counts: Sequence[int]) -> Tensor:
     """Which slots to commit: per sample the `counts[b]` eligible slots of highest score; ties go to the lowest slot.
 
-    `score (batch, slot)`; `eligible` likewise, boolean. Never more than are eligible. A NaN score ranks last.
+    `score (batch, slot)`; `eligible` likewise, boolean. Never more than are eligible. A slot whose score is NaN is
+    never committed: its candidate is no prediction, and the slot stays masked.
     """
     ranked = score.masked_fill(~eligible | score.isnan(), -torch.inf)
     order = ranked.sort(dim=1, descending=True, stable=True).indices
@@ -54,4 +55,4 @@ def select(score: Tensor, eligible: Tensor, counts: Sequence[int]) -> Tensor:
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
     budget = torch.tensor(counts, device=score.device)[:, None]
-    return (rank < budget) & eligible
+    return (rank < budget) & eligible & ~score.isnan()

@@ -32,7 +32,7 @@ from probe.operations.merging import append, merge
 from probe.operations.options import AnswerPositions, Lasts, OnCache, Ordering, Protect
 from probe.operations.pictures import resize
 from probe.operations.plans import sources, unmerge
-from probe.operations.recycling import clusters, recycle
+from probe.operations.recycling import recycle
 from probe.operations.removing import drop, withdraw
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "Ordering",
     "Protect",
     "append",
-    "clusters",
     "drop",
     "evict",
     "mask",

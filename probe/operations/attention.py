@@ -19,9 +19,7 @@ Segments = tuple[Segment, ...]
 
 
 @operations.register(quiet=QUIET)
-def mask(
-    kept: Tensor, *, lasts: Lasts = "forward", on_cache: OnCache = "refresh", protect: Protect = ()
-) -> Plan:
+def mask(kept: Tensor, *, lasts: Lasts = "forward", on_cache: OnCache = "refresh", protect: Protect = ()) -> Plan:
     """Hide the keys of the other tokens, remove nothing: the logits of `drop` with positions kept, no saving."""
     return Plan(kept.sort().values, Fate.MASKED)
 

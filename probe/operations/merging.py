@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from probe.operations.options import QUIET, AnswerPositions, Lasts, OnCache, Ordering, Protect, reading
 from probe.operations.plans import dropped, places, standing, sums
 from probe.registry import operations
-from probe.scores import Scorer
+from probe.scores import Vectors
 from probe.site import Fate, Plan
 from probe.surgery import Positions
 
@@ -57,7 +57,7 @@ def merge(
     score: Tensor | None = None,
     *,
     assign: Assign = "selection",
-    by: Scorer | None = None,
+    by: Vectors | None = None,
     mode: Mode = "size_mean",
     neighbours: int | None = None,
     append: Extra = "none",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -13,48 +12,10 @@ from torch import Tensor
 from probe.operations.options import QUIET, AnswerPositions, Lasts, OnCache, Ordering, Protect, reading
 from probe.operations.plans import dropped, places, standing, sums
 from probe.registry import operations
+from probe.selections.clustering import clusters
 from probe.selections.ranking import ranked
 from probe.site import Fate, Plan
 from probe.surgery import Positions
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """Density-peak clusters of m vectors: all float32 or int64.
-
-    `density (m,)`; `peak (m,)`, density times distance to the nearest denser one; `centers (c,)` indices, highest peak
-    first; `assignment (m,)` the cluster of each; `merged (c, width)` their means.
-    """
-
-    density: Tensor
-    peak: Tensor
-    centers: Tensor
-    assignment: Tensor
-    merged: Tensor
-
-
-def clusters(x: Tensor, count: int, noise: Tensor) -> Clusters:
-    """Density-peak clustering of `x (m, width)` into `count` clusters (DPC-KNN, as SparseVLM recycles tokens).
-
-    Distances are Euclidean over `sqrt(width)`; density is `exp(-mean squared distance to the count nearest)`, itself
-    among them, plus `1e-6 noise (m,)`, which breaks ties. Centres are the highest products of density and distance to
-    the nearest denser point (the farthest point for the densest). Every point joins its nearest centre; means are over
-    members plus 1e-6.
-    """
-    x = x.float()
-    m = x.shape[0]
-    distance = torch.cdist(x[None], x[None])[0] / x.shape[1] ** 0.5
-    near = distance.topk(min(count, m), largest=False).values
-    density = (-(near**2).mean(1)).exp() + noise * 1e-6
-    denser = density[None] > density[:, None]
-    apart = torch.where(denser, distance, distance.max()).amin(1)
-    peak = apart * density
-    centers = ranked(peak)[:count]
-    assignment = distance[centers].argmin(0)
-    assignment[centers] = torch.arange(centers.shape[0], device=x.device)
-    members = sums(torch.ones_like(density), assignment, centers.shape[0])
-    merged = sums(x, assignment, centers.shape[0]) / (members + 1e-6)[:, None]
-    return Clusters(density, peak, centers, assignment, merged)
 
 
 @operations.register(reads=reading("kept", "hidden", "size", "score", "noise"), quiet=QUIET)

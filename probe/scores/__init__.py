@@ -25,8 +25,8 @@ one mapping of everything that it was given. `reads=function of the parameters` 
 
 from __future__ import annotations
 
-from probe.scores.attention import attention, heads_with_most
-from probe.scores.combine import Scorer, combine
+from probe.scores.attention import attention, heads_with_most, mass
+from probe.scores.combine import Scorer, Vectors, combine
 from probe.scores.learned import learned
 from probe.scores.norm import norm
 from probe.scores.position import center, random, thumbnail, uniform
@@ -38,12 +38,14 @@ from probe.scores.transport import transport
 
 __all__ = [
     "Scorer",
+    "Vectors",
     "attention",
     "center",
     "combine",
     "features",
     "heads_with_most",
     "learned",
+    "mass",
     "norm",
     "ones_attention",
     "random",

@@ -87,6 +87,26 @@ def attention(
     return score
 
 
+@scores.register(quiet=("layers", "form", "projected"))
+def mass(
+    received: Tensor,
+    *,
+    queries: QuerySet = "last",
+    layer: int = 0,
+    layers: Literal["one", "so_far"] = "one",
+    form: Form = "softmax",
+    projected: bool = False,
+) -> Tensor:
+    """One number for all visual tokens: the share of the rows' attention that goes to them together. `(n,)` float32.
+
+    `received (head, n)`: summed over the tokens, mean over the heads; parameters as for `attention`. With `threshold`
+    a layer decides for itself: withdraw for good where text hardly looks at the picture any more (ToDRE, Li et al.,
+    2025, arXiv 2505.18757: "information migration"; its trigger is not established), or carry visual tokens around
+    (the study's layer-skipping, arXiv 2511.15098, section 5.4: answer-to-visual attention).
+    """
+    return received.float().nan_to_num(nan=0.0).sum(1).mean().expand(received.shape[1])
+
+
 def heads_with_most(received: Tensor, n: int) -> Tensor:
     """`(min(n, head),)` int64: the heads of `received (head, n)` with most attention on visual tokens, most first."""
     return received.sum(1).sort(descending=True, stable=True).indices[:n]

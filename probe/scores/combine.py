@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,12 +12,24 @@ from probe.errors import ProbeError
 from probe.registry import Nested, scores
 
 Scorer = Annotated[Callable[[], Tensor], Nested("score")]
-"""A score inside another part: called, it gives its values."""
+"""A score inside another part, one number per token: called, it gives its values."""
+
+Vectors = Annotated[Callable[[], Tensor], Nested("score", gives="features")]
+"""A score of vectors inside another part."""
 
 Normalise = Literal["none", "l2", "mean"]
 
 
-@scores.register
+def _fits(params: Mapping[str, Any], parts: Mapping[str, tuple[Any, ...]]) -> tuple[str, str] | None:
+    """Weights and ways to normalise must be as many as there are scores."""
+    n = len(parts["of"])
+    for name, given in (("weights", params["weights"]), ("normalise", params["normalise"])):
+        if given and not isinstance(given, str) and len(given) != n:
+            return name, f"there are {n} scores, but {len(given)} here; give one for each"
+    return None
+
+
+@scores.register(check=_fits)
 def combine(
     group: Tensor,
     *,

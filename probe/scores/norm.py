@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from probe.registry import scores
@@ -17,7 +18,7 @@ def norm(
     *,
     space: Literal["hidden", "keys"] = "hidden",
     layer: int = 0,
-    p: float = 2.0,
+    p: Annotated[float, Field(gt=0)] = 2.0,
     sign: Literal[1, -1] = 1,
 ) -> Tensor:
     """The p-norm of each token's hidden state, or of its keys, all heads side by side.

@@ -19,6 +19,7 @@ tokens that they choose from (inside a combination: of those that are left):
 from __future__ import annotations
 
 from probe.selections.bipartite import bipartite, deduplicate, merges_per_layer
+from probe.selections.clustering import Clusters, cluster, clusters
 from probe.selections.combinations import Pick, budget, dilate, then, union, window
 from probe.selections.counts import Count, Keep, OptionalKeep, Rounding, token_count
 from probe.selections.diverse import greedy_diverse
@@ -27,6 +28,7 @@ from probe.selections.plain import all_kept, none_kept, stride, threshold, top_k
 from probe.selections.ranking import ranked
 
 __all__ = [
+    "Clusters",
     "Count",
     "Keep",
     "OptionalKeep",
@@ -35,6 +37,8 @@ __all__ = [
     "all_kept",
     "bipartite",
     "budget",
+    "cluster",
+    "clusters",
     "deduplicate",
     "dilate",
     "greedy_diverse",

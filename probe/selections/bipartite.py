@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from probe.registry import selections
+from probe.registry import Nested, selections
 from probe.selections.counts import Keep, OptionalKeep, Rounding
 from probe.selections.ranking import ranked
 from probe.site import Choice
 
+Scorer = Annotated[Callable[[], Tensor], Nested("score")]
+"""A score `(n,)` of the tokens to choose from, as a parameter."""
+
 
 def _flops(given: Mapping[str, Any]) -> int:
+    """Similarities of one half to the other."""
     n, width = given["features"].shape
     return int(2 * ((n + 1) // 2) * (n // 2) * width)
 
 
-@selections.register(flops=_flops, gives=("into",), one_of=("r", "keep"), quiet=("r", "keep", "round", "rounds"))
+def _flops_of_rounds(given: Mapping[str, Any]) -> int:
+    """The same for every round, each with what is left."""
+    n, width = given["features"].shape
+    left = n - (given["count"] or 0) if given["r"] is None else given["r"]
+    total, free = 0, n - int(given["protected"].sum())
+    while left > 0:
+        total += 2 * ((n + 1) // 2) * (n // 2) * width
+        merged = min(left, (n - 1) // 2, free // 2)
+        if given["rounds"] == "one" or merged == 0:
+            break
+        n, free, left = n - merged, free - merged, left - merged
+    return int(total)
+
+
+@selections.register(
+    flops=_flops_of_rounds,
+    gives=("into",),
+    one_of=("r", "keep"),
+    quiet=("r", "keep", "round", "rounds", "strength"),
+)
 def bipartite(
     features: Tensor,
     count: int | None,
     protected: Tensor,
     size: Tensor,
     *,
-    r: int | None = None,
+    r: Annotated[int, Field(ge=0)] | None = None,
     keep: OptionalKeep = None,
     round: Rounding = "floor",
     rounds: Literal["one", "until"] = "one",
+    spare: Scorer | None = None,
+    strength: float = 1.0,
 ) -> Choice:
     """Match every other token with the most similar of the rest; the `r` best matches say who is merged into whom.
 
@@ -40,16 +66,20 @@ def bipartite(
     then all of B, in that order. `keep` in place of `r` says how many remain.
 
     `rounds: until` repeats on the merged features (means weighted by `size`, back in raster order) until r are gone, at
-    most `(n - 1) // 2` in a round (FOLDER, Wang et al., 2025, arXiv 2501.02430). Returns `kept` and `into`.
+    most `(n - 1) // 2` in a round (FOLDER, Wang et al., 2025, arXiv 2501.02430). `spare`, a score `(n,)`, lowers the
+    weight w(a) by `strength` times that of a, so that tokens of a high score are rather not merged (FOLDER's turbo
+    variant: the class token's attention, `strength` 30 alpha; that later rounds take the mean over what was merged,
+    weighted by `size`, is our reading). Returns `kept` and `into`.
     """
     n = features.shape[0]
     left = n - (count or 0) if r is None else r
+    spared = features.new_zeros(n, dtype=torch.float32) if spare is None else strength * spare().float()
     if rounds == "one":
-        return _matched(features.float(), protected, left)
-    return _repeated(features.float(), protected, size.float(), left)
+        return _matched(features.float(), protected, left, spared)
+    return _repeated(features.float(), protected, size.float(), left, spared)
 
 
-def _matched(features: Tensor, protected: Tensor, r: int) -> Choice:
+def _matched(features: Tensor, protected: Tensor, r: int, spared: Tensor) -> Choice:
     n = features.shape[0]
     unit = normalize(features, dim=-1)
     edges = unit[0::2] @ unit[1::2].T
@@ -60,7 +90,7 @@ def _matched(features: Tensor, protected: Tensor, r: int) -> Choice:
     if r == 0:
         return Choice(here, here)
     weight, partner = edges.max(1)
-    order = ranked(weight)
+    order = ranked(weight - spared[0::2])
     source, rest = order[:r], order[r:]
     if protected[0::2].any():
         rest = rest.sort().values
@@ -69,13 +99,13 @@ def _matched(features: Tensor, protected: Tensor, r: int) -> Choice:
     return Choice(torch.cat([2 * rest, here[1::2]]), into)
 
 
-def _repeated(features: Tensor, protected: Tensor, size: Tensor, r: int) -> Choice:
+def _repeated(features: Tensor, protected: Tensor, size: Tensor, r: int, spared: Tensor) -> Choice:
     """Rounds of matching on what is left, in raster order, each on the means of what was merged before."""
     into = torch.arange(features.shape[0], device=features.device)
     alive = into
     while r > 0:
         most = (alive.shape[0] - 1) // 2
-        found = _matched(features, protected[alive], min(r, most))
+        found = _matched(features, protected[alive], min(r, most), spared)
         assert found.into is not None
         kept = found.kept.sort().values
         merged = alive.shape[0] - kept.shape[0]
@@ -84,8 +114,9 @@ def _repeated(features: Tensor, protected: Tensor, size: Tensor, r: int) -> Choi
         into = alive[found.into][_place(into, alive)]
         weights = torch.zeros_like(size).scatter_add_(0, found.into, size)
         sums = torch.zeros_like(features).index_add_(0, found.into, features * size[:, None])
+        spares = torch.zeros_like(spared).index_add_(0, found.into, spared * size)
         size = weights[kept]
-        features = sums[kept] / size[:, None]
+        features, spared = sums[kept] / size[:, None], spares[kept] / size
         alive = alive[kept]
         r -= merged
     return Choice(alive, into)

@@ -25,6 +25,7 @@ from pydantic import PlainValidator
 from torch import Tensor
 
 from probe.errors import ProbeError
+from probe.registry import nearest
 
 Rounding = Literal["floor", "half_even", "truncate"]
 """Of `share * number`: down, where a share written in decimals loses no token to binary (0.29 of 100 is 29); to the
@@ -96,7 +97,7 @@ def _keep(value: Any) -> int | float | Count:
             f"a share to keep lies between 0 and 1, not {value}; a number of tokens is written as an integer"
         )
     if isinstance(value, int) and value < 0:
-        raise ValueError(f"cannot keep {value} tokens")
+        raise ValueError(f"cannot keep {value} tokens; a number is at least 0, a share lies between 0% and 100%")
     return value if isinstance(value, int) else _share(value)
 
 
@@ -108,7 +109,10 @@ def _mapping(value: dict[str, Any]) -> Count:
     named = [rule for rule in RULES if rule in value and rule != "rest"]
     options = {"round", "min", "spare"}
     if len(named) != 1:
-        raise ValueError(f"keep as a mapping names one of {', '.join(RULES[:-1])}; this one is {_flow(value)}")
+        known = list(RULES[:-1])
+        wrong = [key for key in value if key not in options and key not in known]
+        hint = f"; {nearest(wrong[0], known)}" if wrong and not named else ""
+        raise ValueError(f"keep as a mapping names one of {', '.join(known)}; this one is {_flow(value)}{hint}")
     if unknown := [key for key in value if key not in options and key != named[0]]:
         raise ValueError(f"keep: {named[0]} goes with {', '.join(sorted(options))}, not with `{unknown[0]}`")
     rounding = value.get("round")

@@ -114,10 +114,18 @@ RIGHT = {"image": "red.png", "question": "?"}
     ],
 )
 def test_a_wrong_line_is_named_with_what_would_be_right(folder: Path, row: object, message: str) -> None:
-    path = _write(folder, RIGHT, row)
+    path = _write(folder, RIGHT, row, {**RIGHT, "id": "last"})
+    samples = from_jsonl(path)
+    assert next(samples).question == "?"
     with pytest.raises(ProbeError, match=message) as caught:
-        from_jsonl(path)
+        next(samples)
     assert str(path) in str(caught.value)
+    assert next(samples).id == "last", "the other lines are read all the same"
+
+
+def test_a_file_without_a_right_line_is_refused_at_once(folder: Path) -> None:
+    with pytest.raises(ProbeError, match=r"line 1: not JSON.*none of the 2 lines is right"):
+        from_jsonl(_write(folder, "{", {"image": "blue.png", "question": "?"}))
 
 
 def test_reading_goes_on_after_a_damaged_picture(folder: Path) -> None:

@@ -147,6 +147,34 @@ EDITS: dict[str, str] = {
   select: {top_k: {keep: 0.25}}
   do: {drop: {lasts: forward}}
 """,
+    "cluster": """
+- name: edit
+  at: {site: layer.output, layer: 1}
+  score: {features: {space: hidden}}
+  select: {cluster: {keep: 0.25}}
+  do: {merge: {lasts: forward}}
+""",
+    "spare": """
+- name: edit
+  at: {site: layer.after_attention, layer: 1}
+  score: {features: {space: keys}}
+  select: {bipartite: {keep: 0.4, rounds: until, spare: {attention: {queries: question}}, strength: 10.0}}
+  do: {merge: {lasts: forward}}
+""",
+    "skip_by_mass": """
+- name: edit
+  at: {site: layer.input, layers: all}
+  score: {mass: {queries: answer, projected: true}}
+  select: {threshold: {value: 0.5}}
+  do: skip_layers
+""",
+    "withdraw_by_mass": """
+- name: edit
+  at: {site: layer.output, layers: all}
+  score: {mass: {queries: question}}
+  select: {threshold: {value: 0.5}}
+  do: {withdraw: {lasts: forward}}
+""",
     "when_sure": """
 - name: edit
   at: {site: layer.input, layer: 1, when: {signal: attention_mass, from: answer, to: visual, below: 0.99}}

@@ -197,7 +197,8 @@ def test_positions_that_were_shrunk_hide_nothing(
     moved: list[bool] = []
     monkeypatch.setattr(model, "sees", watched)
     text = EDITS["divprune"].replace("before_lm", "before_lm, steps: {at: [1]}")
-    run(prompts[:1], text.replace("lasts: generation", "lasts: generation, answer_positions: shrunk"), caching=Blocks())
+    options = "lasts: generation, on_cache: columns, answer_positions: shrunk"
+    run(prompts[:1], text.replace("lasts: generation", options), caching=Blocks())
     assert any(moved)
     for mask in masks:
         if mask.shape[2] == 5:

@@ -122,6 +122,29 @@ def test_code_intervenes_in_the_same_run(tiny: LladaV, prompts_for: Any, run_pro
     assert not np.array_equal(plain.arrays["confidence"][1], changed.arrays["confidence"][1], equal_nan=True)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_code_is_told_which_rows_are_visual(scale: float, tiny: LladaV, prompts_for: Any, run_probes: Any) -> None:
+    """Samples of several lengths, with guidance and without: visual rows alone are silenced, and those in order."""
+    prompts, told = prompts_for(tiny, 2), []
+
+    def silence(model: Any, clock: Any, rows: Any) -> torch.Tensor:
+        told.append((rows.visual, rows.role))
+        model.layers[0].output[rows.visual >= 0] = 0
+        return (model.layers[0].output.abs().sum(-1) == 0).float().mean(1).save()
+
+    out = run_probes(tiny, prompts, RECORD, cfg_scale=scale, code_probes=[CodeProbe("silence", silence, fires_at(1))])
+    visual, role = told[0]
+    assert visual.shape == role.shape
+    assert visual.shape[0] == (4 if scale else 2)
+    for b in range(visual.shape[0]):
+        prompt = prompts[b % 2]
+        seen = visual[b][visual[b] >= 0]
+        assert seen.tolist() == list(range(prompt.n_visual))
+        assert ((role[b] == int(Role.VISUAL)) | (role[b] == int(Role.NEWLINE))).eq(visual[b] >= 0).all()
+    for b, prompt in enumerate(prompts):
+        assert out[b].arrays["silence"][1] == pytest.approx(prompt.n_visual / visual.shape[1])
+
+
 def test_two_code_probes_may_look_in_any_order(tiny: LladaV, prompts_for: Any, run_probes: Any) -> None:
     def late(model: Any, clock: Any) -> torch.Tensor:
         return model.layers[3].output.mean().save()

@@ -34,7 +34,7 @@ from probe.site import Clock, Fate, Phase, Site
 LAYERS = 4
 QUESTIONS = ("What is it?", "Read the page, please.")
 SIZES = ((60, 30), (30, 56))
-NAMES = [i.name for i in shipped_recipes() if i.name.startswith(("prune/", "study/")) and i.name != "study/compose"]
+NAMES = [i.name for i in shipped_recipes() if i.name.startswith(("prune/", "study/"))]
 COMES = {"jump": -1.0, "confidence": 0.0, "below": 1.0}
 """Dials of recipes that wait for a signal, turned so that it comes."""
 FOUR_LAYERS = {"prune/sparsevlm_rank": "layers=[0,1,2,3]", "prune/downsample": "scale=0.95"}

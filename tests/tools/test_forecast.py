@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from probe import data
 from probe.backbones.base import Backbone
 from probe.backbones.lavida import DREAM_DEFAULTS, LLADA_DEFAULTS
 from probe.backbones.sizes import PUBLISHED, dims_of, habits_of
 from probe.compile import compile_recipe
+from probe.encoder import encode_with_probes
 from probe.forecast import Setting, forecast
 from probe.generate import Generated, generate
 from probe.loop import Rule
+from probe.outlook import setting_of
 from probe.recipe import load_recipe, parse_recipe, shipped_recipes
 from probe.site import ModelFacts
 from probe.timing import PHASES
@@ -81,6 +84,28 @@ def test_the_encoder_hands_on_what_its_views_keep(miniature: Backbone) -> None:
         assert (found.tokens == 5 * expected).all()
     found = forecast(compile_recipe(load_recipe("prumerge"), miniature.facts), miniature.facts, Setting(180, 2, 4))
     assert "depends on the picture" in found.unsure["prune"]
+
+
+@pytest.mark.parametrize(("size", "scale"), [((96, 96), 0.5), ((96, 48), 0.7), ((200, 100), 0.3), ((40, 90), 0.1)])
+def test_a_smaller_picture_is_foreseen_as_it_is_encoded(
+    size: tuple[int, int], scale: float, miniature: Backbone, probe_command: Callable[..., str]
+) -> None:
+    recipe = load_recipe("downsample", [f"scale={scale}"])
+    table = compile_recipe(recipe, miniature.facts)
+    image = Image.effect_noise(size, 60).convert("RGB")
+    prompt = encode_with_probes(miniature, [image], table).assemble(miniature, "what?")
+    habits = habits_of("miniature")
+    assert habits is not None
+    setting = setting_of(recipe, table, habits, [size])
+    assert setting is not None
+    found = forecast(table, miniature.facts, setting)
+    assert (setting.visual, setting.shown) == (prompt.n_original, prompt.n_visual)
+    assert (found.tokens == prompt.n_visual).all()
+    assert not found.unsure
+    picture = "x".join(map(str, size))
+    said = probe_command("check", "downsample", "--set", f"scale={scale}", "--picture", picture)
+    assert f"{prompt.n_visual} in every layer" in " ".join(said.split())
+    assert "unsure" not in said
 
 
 def test_retention_is_that_of_the_closed_form() -> None:

@@ -304,7 +304,7 @@ REFUSED = [
         r"select\.then\.of\[0\]: the selection `top_k` needs a `score`",
     ),
     ("attention", "{stride: {keep: 2}}", "drop", r"score: the selection `stride` looks at no score; remove `score`"),
-    ("features", "{bipartite: {r: 2, keep: 3}}", "merge", "needs one of `r` and `keep`"),
+    ("features", "{bipartite: {r: 2, keep: 3}}", "merge", "takes one of `r` and `keep`, not both"),
     ("features", "bipartite", "merge", "needs one of `r` and `keep`"),
     (
         "attention",

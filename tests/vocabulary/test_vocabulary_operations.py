@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from probe import operations
+from probe import operations, selections
 from probe.operations.options import Ordering
 from probe.site import Fate, Plan
 
@@ -237,7 +237,7 @@ def test_clusters_by_brute_force(m: int, count: int, seed: int) -> None:
     count = min(count, m)
     x = noise(m, 3, seed=seed)
     draw = torch.rand(m, generator=torch.Generator().manual_seed(seed))
-    found = operations.clusters(x, count, draw)
+    found = selections.clusters(x, count, draw)
     apart = [[float((x[i] - x[j]).norm()) / 3**0.5 for j in range(m)] for i in range(m)]
     near = [sorted(row)[:count] for row in apart]
     density = [

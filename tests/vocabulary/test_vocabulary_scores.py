@@ -48,6 +48,11 @@ def test_the_top_heads_are_those_with_most_attention(heads: int, n: int, seed: i
     torch.testing.assert_close(scores.attention(received, heads=TopHeads(n)), received[best].mean(0))
 
 
+def test_the_mass_is_what_all_visual_tokens_receive_together() -> None:
+    received = torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.1, float("nan")]])  # a token that came later received nothing
+    torch.testing.assert_close(scores.mass(received), torch.full((3,), (0.6 + 0.1) / 2))
+
+
 def test_ones_attention_is_attention_of_ones() -> None:
     """Rotated by complex multiplication, the other way to write rotary embeddings."""
     size, theta, positions = 8, 100.0, torch.arange(5)

@@ -15,6 +15,7 @@ from probe.errors import ProbeError
 from probe.selections import (
     bipartite,
     budget,
+    cluster,
     deduplicate,
     dilate,
     greedy_diverse,
@@ -178,6 +179,70 @@ def test_rounds_go_on_until_as_many_are_gone(n: int, r: int, seed: int) -> None:
     assert choice.kept.tolist() == sorted(choice.kept.tolist())
     assert set(choice.into.tolist()) == set(choice.kept.tolist())
     assert (choice.into[choice.kept] == choice.kept).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 20), st.integers(1, 10), seeds, st.sampled_from(["one", "until"]))
+def test_spared_tokens_are_merged_last(n: int, r: int, seed: int, rounds: str) -> None:
+    """FOLDER's turbo variant: in the first round weights are those of the matches, less what is spared."""
+    x, value = noise(n, 3, seed=seed), noise(n, seed=seed + 1)
+    r = min(r, (n - 1) // 2)  # one round
+    protected, ones = torch.zeros(n, dtype=torch.bool), torch.ones(n)
+    choice = bipartite(x, None, protected, ones, r=r, rounds=rounds, spare=lambda: value, strength=2.0)  # type: ignore[arg-type]
+    assert choice.into is not None
+    merged = [i for i in range(n) if choice.into[i] != i]
+    assert len(merged) == r
+    weight = {
+        a: max(float(torch.cosine_similarity(x[a], x[b], 0)) for b in range(1, n, 2)) - 2 * float(value[a])
+        for a in range(0, n, 2)
+    }
+    left = [w for a, w in weight.items() if a not in merged]
+    assert not merged or not left or min(weight[a] for a in merged) >= max(left) - 1e-5
+    plain = bipartite(x, None, protected, ones, r=r, rounds=rounds)  # type: ignore[arg-type]
+    none = bipartite(x, None, protected, ones, r=r, rounds=rounds, spare=lambda: value, strength=0.0)  # type: ignore[arg-type]
+    assert torch.equal(plain.kept, none.kept)
+
+
+def test_later_rounds_spare_by_the_mean_of_what_was_merged() -> None:
+    """Six tokens, alike but for a hair; 2 joins in the first round, and its partner's share then counts its own."""
+    x = torch.tensor([[1.0, 0.3], [1.0, 0.0], [1.0, 0.0], [1.0, 0.02], [1.0, -0.4], [1.0, 0.5]])
+    value, protected, ones = torch.zeros(6), torch.zeros(6, dtype=torch.bool), torch.ones(6)
+    value[2] = -3.0
+    choice = bipartite(x, None, protected, ones, r=3, rounds="until", spare=lambda: value, strength=1.0)
+    assert choice.into is not None
+    first = bipartite(x, None, protected, ones, r=2, rounds="until", spare=lambda: value, strength=1.0)
+    assert first.into is not None
+    held = [[i for i in range(6) if int(first.into[i]) == k] for k in first.kept.tolist()]
+    means = torch.stack([x[group].mean(0) for group in held])
+    spared = torch.stack([value[group].mean() for group in held])
+    weight = {
+        a: max(float(torch.cosine_similarity(means[a], means[b], 0)) for b in range(1, len(held), 2)) - float(spared[a])
+        for a in range(0, len(held), 2)
+    }
+    gone = first.kept.tolist()[max(weight, key=lambda a: weight[a])]
+    assert set(first.kept.tolist()) - set(choice.kept.tolist()) == {gone}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 14), st.integers(0, 14), seeds)
+def test_every_token_goes_to_the_nearest_centre(n: int, count: int, seed: int) -> None:
+    x, count = noise(n, 3, seed=seed), min(count, n)
+    choice = cluster(x, count, generator(seed), keep=count)
+    well_formed(choice.kept, n)
+    assert choice.kept.shape[0] == count
+    centers = choice.kept.tolist()
+    for i in range(n if count else 0):
+        assert choice.into is not None
+        apart = {c: float((x[i] - x[c]).norm()) for c in centers}
+        assert int(choice.into[i]) == i if i in centers else apart[int(choice.into[i])] <= min(apart.values()) + 1e-5
+
+
+def test_two_heaps_are_two_clusters() -> None:
+    x = torch.cat([noise(6, 3, seed=1) * 0.3 + 5, noise(5, 3, seed=2) * 0.3])
+    choice = cluster(x, 2, generator(1), keep=2)
+    assert choice.into is not None
+    assert choice.into[:6].unique().shape[0] == choice.into[6:].unique().shape[0] == 1
+    assert choice.into[0] != choice.into[-1]
 
 
 @settings(max_examples=40, deadline=None)

@@ -18,7 +18,7 @@ from probe.decide import decide, score_of
 from probe.recipe import Recipe
 from probe.site import Clock, ModelFacts, Plan
 
-FACTS = ModelFacts(name="model", layers=64, heads=8, width=32, vocabulary=100, encoder_layers=26)
+FACTS = ModelFacts(name="model", layers=64, heads=8, width=32, vocabulary=100, encoder_layers=26, class_token=True)
 CLOCK = Clock(pass_index=0, step=0, block=0, step_in_block=0, nominal_steps=16, n_blocks=1)
 
 
@@ -159,7 +159,9 @@ class Given:
 def edit_of(
     select: Any, do: Any = "drop", score: Any = None, *, site: str = "layer.after_attention", layer: Any = 2
 ) -> Edit:
-    """An intervention, spelled as in a recipe."""
+    """An intervention, spelled as in a recipe; where the class token looks, at the output of the encoder."""
+    if "'queries': 'cls'" in repr((score, select, do)):
+        site, layer = "encoder.output", None
     at = {"site": site} if layer is None else {"site": site, "layer": layer}
     probe = {"at": at, "select": select, "do": do} | ({} if score is None else {"score": score})
     recipe = Recipe.model_validate({"schema": 1, "name": "case", "probes": [probe]})

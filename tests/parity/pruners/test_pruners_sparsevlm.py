@@ -11,8 +11,8 @@ from torch import Tensor
 
 from probe.attend import attention_rows
 from probe.decide import decide
-from probe.operations import clusters
 from probe.scores import heads_with_most, raters, relevance
+from probe.selections import clusters
 from probe.selections.counts import attention_rank
 from probe.site import Plan
 

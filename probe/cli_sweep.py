@@ -1,0 +1,141 @@
+"""The command `probe sweep`: parses, calls `probe.sweep_run`, prints."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from probe.cli_common import PluginOption, RecipeArgument, SetOption, err, out, recipe_of, shard_of
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from probe.runner import Progress
+    from probe.sweep import Unit
+    from probe.sweep_run import SweepResult
+
+
+def sweep(
+    recipe: RecipeArgument,
+    sets: SetOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples per run.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default runs/NAME.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only every N-th run, from the I-th on.")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is tried again.")] = 1,
+    plan: Annotated[bool, typer.Option("--plan", help="Only list the runs, and which are done.")] = False,
+    plugin: PluginOption = None,
+) -> None:
+    """Run every combination of a recipe's `sweep`, or what is left of it, and end with the table."""
+    from probe.plugins import load_plugins
+    from probe.stopping import Stopped
+    from probe.sweep_run import Worker
+    from probe.sweep_run import sweep as run_sweep
+
+    load_plugins(plugin or [])
+    loaded = recipe_of(recipe, sets)
+    where = folder or Path("runs") / loaded.name.replace("/", "-")
+    if plan:
+        _plan(loaded if limit is None else loaded.replace(data=loaded.written("data") | {"limit": limit}), where)
+        return
+    command = "probe " + shlex.join(sys.argv[1:])
+    try:
+        with _Display() as display:
+            worker = Worker(device, dtype, on_progress=display.sample, command=command)
+            result = run_sweep(
+                loaded,
+                out=where,
+                limit=limit,
+                workers=worker.all,
+                shard=shard_of(shard),
+                retries=retries,
+                on_unit=display.unit,
+            )
+    except KeyboardInterrupt as stopped:
+        status = stopped.status if isinstance(stopped, Stopped) else 130
+        err.print(f"stopped; everything that was finished is kept. To go on: {command}", highlight=False, markup=False)
+        raise typer.Exit(status) from None
+    _report(result)
+    raise typer.Exit(1 if result.failures or any(row.failed for rows in result.rows.values() for _, row in rows) else 0)
+
+
+def _plan(recipe: object, where: Path) -> None:
+    from rich.table import Table
+
+    from probe.recipe import Recipe
+    from probe.sweep import cells_of, check_cells, is_done, units_of
+
+    assert isinstance(recipe, Recipe)
+    cells = cells_of(recipe)
+    check_cells(cells)
+    assert recipe.sweep is not None
+    units = units_of(cells, recipe.sweep.shards)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("", "backbone", "data", "seed", "run", "done"):
+        table.add_column(name)
+    done = 0
+    for number, unit in enumerate(units):
+        group, finished = unit.cell.group, is_done(unit, where)
+        done += finished
+        title = unit.cell.title + ("" if unit.shard is None else f" ({unit.shard[0]}/{unit.shard[1]})")
+        table.add_row(str(number), group.backbone, group.data, str(group.seed), title, "yes" if finished else "")
+    out.print(table)
+    out.print(f"{len(units)} runs in {where}, {done} of them done")
+
+
+def _report(result: SweepResult) -> None:
+    from probe.views.sweep_table import render_sweep
+
+    out.print(render_sweep(result.rows))
+    for failure in result.failures:
+        err.print("[bold red]failed:[/] ", end="")
+        err.print(f"{failure.unit.title}: {failure.reason}", highlight=False, markup=False)
+    if result.open:
+        err.print(f"{result.open} runs are not done; the same command goes on with them", highlight=False)
+    if result.tables:
+        out.print("tables: " + ", ".join(map(str, result.tables)), highlight=False, markup=False)
+    out.print(f"traces: {result.folder}", highlight=False, markup=False)
+
+
+class _Display:
+    """How far the sweep and its present run are, on a terminal; nothing where there is none."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self._runs: TaskID | None = None
+        self._samples: TaskID | None = None
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        self._runs = self._bar.add_task("runs", total=None)
+        self._samples = self._bar.add_task("", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def unit(self, finished: int, total: int, unit: Unit | None) -> None:
+        """A unit begins."""
+        assert self._runs is not None and self._samples is not None
+        self._bar.update(self._runs, completed=finished, total=total)
+        self._bar.reset(self._samples, description=unit.title if unit else "", total=None)
+
+    def sample(self, at: Progress) -> None:
+        """A sample of it is being worked on."""
+        assert self._samples is not None
+        self._bar.update(self._samples, completed=at.sample, total=at.total)
