@@ -18,11 +18,13 @@ from probe.data import named
 from probe.data.harness import harness, task_manager
 from probe.errors import ProbeError
 from probe.lmms_adapter import Probe
-from probe.recipe import Recipe, load_recipe
+from probe.recipe import Recipe, load_recipe, parse_recipe
 from probe.runner import run
 from probe.study.finished import in_folder, read, totals_file
 from probe.study.printed import BENCHMARKS
 from probe.study.tables import tables
+from probe.sweep import cells_of, is_done, units_of
+from probe.sweep_run import sweep
 from probe.trace import open_trace
 
 REPO = Path(__file__).resolve().parents[2]
@@ -75,6 +77,26 @@ def test_a_limit_resuming_and_repeating(toy: Path, tmp_path: Path) -> None:
     shard = run(recipe, out=tmp_path / "shard", shard=(1, 2), baseline=False, timed=False)
     with open_trace(shard.trace) as trace:
         assert trace.samples.tolist() == [1, 3]
+
+
+def test_a_sweep_over_a_task_is_done_when_it_is_done(toy: Path, tmp_path: Path) -> None:
+    """In shards, which the harness scores when they are joined; a second call finds nothing left to do."""
+    text = f"""
+schema: 1
+name: few
+generate: {{gen_length: 2, steps: 2}}
+data: {{limit: 4, include_path: "{toy}", lmms_eval: toy_colour}}
+sweep: {{recipes: [random], data: ["lmms_eval:toy_colour"], dial: {{keep: [0.5]}}, shards: 2}}
+"""
+    recipe = parse_recipe(text)
+    done = sweep(recipe, out=tmp_path / "sweep")
+    assert (done.failures, done.open) == ((), 0)
+    units = units_of(cells_of(recipe), 2)
+    assert len(units) == 4 and all(is_done(unit, tmp_path / "sweep") for unit in units)
+    (table,) = tables(read(in_folder(tmp_path / "sweep")))
+    bare, pruned = (section.rows[0] for section in table.sections)
+    assert (bare.cells[0].ours.value, bare.cells[0].ours.n) == (75, 4)
+    assert (pruned.label, pruned.cells[0].ours.n) == ("random", 4)
 
 
 def test_mistakes_and_failures_of_the_harness_are_our_errors(toy: Path, tmp_path: Path) -> None:
