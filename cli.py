@@ -141,7 +141,7 @@ def check(
     sizes = [size_of(picture)] if picture is not None else None
     facts = facts_of(loaded.backbone)
     check_without_weights(loaded, facts)
-    n_visual = visual_count(loaded.backbone, sizes) if sizes else None
+    n_visual = visual_count(loaded.backbone, sizes, **loaded.load) if sizes else None
     out.print(explain(loaded, facts, n_visual), highlight=False, markup=False)
     if (foreseen := outlook(loaded, sizes)) is not None:
         out.print(foreseen, highlight=False, markup=False)

@@ -168,7 +168,7 @@ ENCODER: tuple[Variable, ...] = (
     ),
     Variable(
         "patch_box", ("patch", "corner"), "1",
-        "what the patch sees: x0, y0, x1, y1 as shares of its picture",
+        "what the patch sees: x0, y0, x1, y1 as shares of the stored picture",
         "(x0 / width, y0 / height, x1 / width, y1 / height)",
     ),
     Variable(

@@ -21,6 +21,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from probe.parallel import own, whole
+
 Form = Literal["softmax", "head_mean_logits", "full_width"]
 """`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax.
 `full_width`: as if there were one head over the full width, `softmax(q k^T / sqrt(heads * size))`."""
@@ -140,11 +142,12 @@ def answer_beside(attention: nn.Module, queries: Callable[[Tensor], Tensor], key
         return 0
     n = 0
     with asked.timed():
+        key = whole(attention, key)
         if asked.keys is not None:
             asked.keys(key)
         for request in asked.requests:
             for first in range(0, request.rows.shape[1], CHUNK):
-                rows = request.rows[:, first : first + CHUNK]
+                rows = request.rows[:, first : first + CHUNK].to(key.device)
                 query = queries(rows)
                 scale = getattr(attention, "scaling", query.shape[-1] ** -0.5)
                 seen = mask
@@ -163,13 +166,14 @@ def _answer_requests(
 ) -> None:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with asked.timed():
+        query, key = whole(module, query), whole(module, key)
         if asked.keys is not None:
             asked.keys(key)
         if asked.queries is not None:
             asked.queries(query)
         for request in asked.requests:
             for first in range(0, request.rows.shape[1], CHUNK):
-                rows = request.rows[:, first : first + CHUNK]
+                rows = request.rows[:, first : first + CHUNK].to(query.device)
                 again = bool(asked.reweighting)
                 seen = _with_bias(mask, rows, asked.reweighting) if again else mask
                 weights = attention_rows(query, key, rows, seen, scale, request.form, mask_is_of_rows=again)
@@ -180,8 +184,8 @@ def _with_bias(mask: Tensor | None, rows: Tensor, reweighting: Sequence[Reweight
     """The mask of a chunk of rows `(batch, 1 or head, row, key)` as numbers to be added, reweighting included."""
     total: Tensor | float = 0.0
     for one in reweighting:
-        hit = (rows[:, :, None] == one.rows[:, None]).any(-1)
-        total = total + hit[:, None, :, None] * one.bias[:, None, None]
+        hit = (rows[:, :, None] == one.rows.to(rows.device)[:, None]).any(-1)
+        total = total + hit[:, None, :, None] * one.bias.to(rows.device)[:, None, None]
     assert isinstance(total, Tensor)
     if mask is None:
         return total
@@ -201,7 +205,7 @@ def _reweight(
 
     `again(query, mask)` is the kernel over the same keys and values.
     """
-    for rows in (chunk for one in asked.reweighting for chunk in one.rows.split(CHUNK, 1)):
+    for rows in (chunk.to(query.device) for one in asked.reweighting for chunk in one.rows.split(CHUNK, 1)):
         chosen = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         fresh = again(chosen, _with_bias(mask, rows, asked.reweighting).to(query.dtype))
         output = output.scatter(1, rows[:, :, None, None].expand_as(fresh), fresh)
@@ -260,7 +264,8 @@ def _beside(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[...
         if attention_mask is not None and attention_mask.numel() == 1 == query.shape[2]:
             attention_mask = None  # one value for all keys hides none of them, and kernels are faster without a mask
         asked: _Asked | None = module.__dict__.get(_SLOT)
-        seen = attention_mask if asked is None else written_out(module, query, key, attention_mask)
+        of_all, attention_mask = attention_mask, own(module, attention_mask, query.shape[1])
+        seen = of_all if asked is None else written_out(module, query, key, of_all)
         if asked is not None:
             _answer_requests(asked, module, query, key, seen, scaling)
         output, weights = kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -269,7 +274,7 @@ def _beside(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[...
             def again(rows: Tensor, mask: Tensor) -> Tensor:
                 return kernel(module, rows, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
 
-            output = _reweight(again, output, query, seen, asked)
+            output = _reweight(again, output, query, own(module, seen, query.shape[1]), asked)
         return output, weights
 
     return attend

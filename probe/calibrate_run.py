@@ -136,7 +136,7 @@ class _Measurements:
     def model(self) -> Backbone:
         """The backbone, loaded when the first measurement needs it."""
         if self.backbone is None:
-            self.backbone = load(self.recipe.backbone, device=self.device, dtype=self.dtype)
+            self.backbone = load(self.recipe.backbone, device=self.device, dtype=self.dtype, **self.recipe.load)
         return self.backbone
 
     def ran(self) -> str:

@@ -114,11 +114,11 @@ def make_canvas(prompts: Sequence[Prompt], mask_embed: Tensor, gen_length: int, 
 
 def _positions(prompts: Sequence[Prompt], tail: int) -> list[Tensor] | None:
     """`(P + tail[, axes])` of each sample; None where every prompt counts from 0."""
-    if all(p.position is None for p in prompts):
+    if all(p.position is None and p.next_position is None for p in prompts):
         return None
     out = []
     for p in prompts:
         given = torch.arange(p.embeds.shape[0]) if p.position is None else p.position.cpu()
-        behind = torch.arange(tail) + int(given.max()) + 1
+        behind = torch.arange(tail) + (int(given.max()) + 1 if p.next_position is None else p.next_position)
         out.append(torch.cat([given, behind.reshape(-1, *[1] * (given.dim() - 1)).expand(-1, *given.shape[1:])]))
     return out

@@ -24,6 +24,7 @@ from probe.attend import answer_beside
 from probe.backbones.base import LayerModules
 from probe.decoding.dllm_cache import least_similar
 from probe.decoding.policy import Delta
+from probe.parallel import whole
 from probe.project import rotated
 from probe.surgery import Layout, put_columns, restore, take, take_columns
 
@@ -120,13 +121,28 @@ class _Fresh:
 def replaced(state: PassState, delta: Delta) -> Iterator[None]:
     """For the length of one forward, the layers run as described above. Their hooks stay in force."""
     modules = state.kit.backbone.layers
+    before = [layer.layer.__dict__.get("forward") for layer in modules]
     try:
         for i, layer in enumerate(modules):
-            layer.layer.__dict__["forward"] = partial(_forward, state, delta, i, layer)
+            layer.layer.__dict__["forward"] = partial(_on_its_device, state, delta, i, layer)
         yield
     finally:
-        for layer in modules:
+        for layer, forward in zip(modules, before, strict=True):
             layer.layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.layer.__dict__["forward"] = forward
+
+
+def _on_its_device(
+    state: PassState, delta: Delta, i: int, modules: LayerModules, hidden_states: Tensor, **kwargs: Any
+) -> Tensor:
+    """`_forward` with all that it is given on the layer's device, where a model is spread over several."""
+    hook: Any = modules.layer.__dict__.get("_hf_hook")
+    if hook is None:
+        return _forward(state, delta, i, modules, hidden_states, **kwargs)
+    (hidden_states,), kwargs = hook.pre_forward(modules.layer, hidden_states, **kwargs)
+    done = _forward(state, delta, i, modules, hidden_states, **kwargs)
+    return cast(Tensor, hook.post_forward(modules.layer, done))
 
 
 def _forward(
@@ -149,7 +165,7 @@ def _forward(
     assert whole is not None
     now = _put(held, fresh, rows)
     # rows that are away for this pass only keep what was stored of them
-    places = rows if index is None else index.repeat(streams, 1).gather(1, rows)
+    places = rows if index is None else index.to(rows.device).repeat(streams, 1).gather(1, rows)
     store.layers[i] = now if index is None else _put(whole, fresh, places)
     return hidden_states + now.attention + now.mlp
 
@@ -203,6 +219,7 @@ def _chosen_rows(
         new = cast(Any, modules.attention).v_proj(modules.pre_attention_norm(hidden.gather(1, own)))
         at = answer[:, None, :, None].expand(-1, held.value.shape[1], -1, held.value.shape[3])
         old = held.value.gather(2, at).transpose(1, 2).flatten(2)
+        old, new = whole(modules.attention, old, -1), whole(modules.attention, new, -1)
         parts.append(start + least_similar(old, new, delta.ratio))
         state.note_values(i, tail)
     return torch.cat(parts, 1) if parts else None

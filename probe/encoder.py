@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probe.backbones import visual_count
 from probe.backbones.base import Backbone, Features, Prompt
+from probe.backbones.placement import device_of
 from probe.compile import ProbeTable
 from probe.encoder_pass import EncoderPass
 from probe.encoder_state import ViewState
@@ -38,6 +39,8 @@ class Encoded:
     flops: float
     probe_flops: float = 0.0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    view_picture: np.ndarray | None = None
+    """`(view,)`: which picture each view shows, where probes acted in the encoder."""
     unpruned: int | None = None
     """Visual tokens of the pictures as they came, where the encoder was shown smaller ones."""
     nan_scores: dict[str, int] = field(default_factory=dict)
@@ -68,14 +71,15 @@ def encode_with_probes(
     see = backbone.encode_video if clip else backbone.encode_images
     shrunk, whole = resized(images, table, clip=clip), None
     if shrunk is not images:
-        images, whole = shrunk, visual_count(backbone.source, [image.size for image in images])
+        sizes = [image.size for image in images]
+        images, whole = shrunk, visual_count(backbone.source, sizes, **backbone.load_options)
     if all(p.site is Site.IMAGES for p in table.encoder):
         features = see(images)
         return Encoded(features, backbone.encode_flops(features), unpruned=whole)
     dims, projector = backbone.encoder_cost, backbone.projector
     if dims is None or projector is None:
         raise ProbeError(f"no probe can act in the encoder of {backbone.facts.name}: its adapter does not say how")
-    device = next(backbone.encoder_layers[0].layer.parameters()).device
+    device = device_of(backbone.encoder_layers[0].layer)
     views = backbone.views(images, clip=clip)
 
     @cache
@@ -102,15 +106,10 @@ def encode_with_probes(
     if not state.state.pristine:
         features = replace(features, survivors=state.state.survivors())
     arrays = state.arrays if whole is None else state.arrays | {"visual_original": np.array(whole)}
+    spent = float(state.flops["encode"]), float(state.flops["probe"])
     doubts = {name: int(count) for name, count in state.doubts.items()}
-    return Encoded(
-        features,
-        float(state.flops["encode"]),
-        float(state.flops["probe"]),
-        arrays,
-        whole,
-        {name: count for name, count in doubts.items() if count},
-    )
+    said = {name: count for name, count in doubts.items() if count}
+    return Encoded(features, *spent, arrays, views.picture.cpu().numpy(), whole, said)
 
 
 def resized(images: Sequence[Image.Image], table: ProbeTable, *, clip: bool = False) -> Sequence[Image.Image]:

@@ -58,7 +58,8 @@ class Probe(_Simple):
         made = recipe.with_sets(sets) if isinstance(recipe, Recipe) else load_recipe(recipe, sets)
         self.recipe = made if backbone is None else made.replace(backbone=backbone)
         self.out = Path(out)
-        self.backbone = load(self.recipe.backbone, device=pick_device(device or "auto"), dtype=dtype)
+        where = pick_device(device or "auto")
+        self.backbone = load(self.recipe.backbone, device=where, dtype=dtype, **self.recipe.load)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """One reply per request, in order. A sample that fails gets an empty reply; its trace has the reason."""

@@ -57,7 +57,7 @@ class _Gathering:
     def receive(self, weights: Tensor, first: int) -> None:
         if self.each is not None:
             self.each.append(weights[: self.weight.shape[0]].mean(1))
-        share = self.weight[:, first : first + weights.shape[2]]
+        share = self.weight[:, first : first + weights.shape[2]].to(weights.device)
         part = (share[:, None, None] @ weights[: share.shape[0]])[:, :, 0]
         self.total = part if self.total is None else self.total + part
 
@@ -172,7 +172,7 @@ class Looking:
         return flops
 
     def _take_keys(self, layer: int, layout: Layout, key: Tensor) -> None:
-        self._keys[layer] = key[: layout.batch], layout
+        self._keys[layer] = key[: layout.batch].to(layout.row.device), layout
 
     def _reweighting(self, layer: int, layout: Layout, keys: Layout) -> list[Reweighting]:
         """What `reweight_attention` does at this layer, both streams under guidance."""
@@ -209,7 +209,8 @@ class Looking:
                 gathering = self._under_way.pop(key, None)
                 if gathering is None or gathering.total is None:
                     continue
-                received, hidden = gathering.total, keys.hidden_key
+                received, hidden = gathering.total.to(keys.row.device), keys.hidden_key
+                gathering.total = received
                 given = {
                     "received": received,
                     "key_role": keys.role,
@@ -245,7 +246,7 @@ class Looking:
     def attended_rows(self, key: Attended, sample: int, rows: Tensor, probe: str) -> Tensor:
         """`(query, n)`: the same of every query row by itself, averaged over the heads."""
         gathering, keys = self._gathered(key, probe)
-        each = torch.cat(gathering.each or [], 1)[sample]
+        each = torch.cat(gathering.each or [], 1)[sample].to(keys.row.device)
         each = each[gathering.weight[sample] > 0]
         return each.index_select(1, keys.locate_in(sample, rows))
 

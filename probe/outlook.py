@@ -49,7 +49,8 @@ def setting_of(
     slots = own.gen_length or base_slots
     steps = own.steps or max(1, round(base_steps * slots / base_slots))
     cache = own.cache.name if own.cache is not None else habits.cache
-    visual, shown = (visual_count(recipe.backbone, of) for of in (list(sizes), [table.shown(size) for size in sizes]))
+    seen = (list(sizes), [table.shown(size) for size in sizes])
+    visual, shown = (visual_count(recipe.backbone, of, **recipe.load) for of in seen)
     return Setting(visual, steps, slots, cache, shown=shown)
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from probe.backbones.placement import device_of
 from probe.errors import ProbeError
 from probe.looking import attended
+from probe.parallel import whole
 from probe.project import projected_attention
 from probe.scores.rotary import ones_attention
 from probe.site import Role, Site
@@ -108,7 +110,8 @@ class SampleSource:
         entered = self._state.entered
         if entered is None:
             raise ProbeError(f"{self._at()}: `layer_input` is known inside a layer only")
-        return self._rows_of(*entered)
+        hidden, layout = entered
+        return self._rows_of(hidden.to(self.device), layout)
 
     def _embedding(self, params: Mapping[str, Any]) -> Tensor:
         return self._state.embeddings(self._b, self._uids)
@@ -173,17 +176,18 @@ class SampleSource:
         modules = state.kit.backbone.layers[layer]
         cos, sin = (table[min(self._b, table.shape[0] - 1), :, modules.tables] for table in state.rope)
         real, mask = self._layout.length[self._b], state.mask_of(layer)
+        there = device_of(modules.layer)
         seen, flops = projected_attention(
             modules,
-            self._hidden[self._b, :real],
-            rows,
-            cos[:real],
-            sin[:real],
+            self._hidden[self._b, :real].to(there),
+            rows.to(there),
+            cos[:real].to(there),
+            sin[:real].to(there),
             params["form"],
-            None if mask is None else mask[self._b : self._b + 1, ..., :real],
+            None if mask is None else mask[self._b : self._b + 1, ..., :real].to(there),
         )
         self.spend(flops)
-        return (weight @ seen).index_select(1, self._layout.visual_rows[self._b])
+        return (weight @ seen.to(self.device)).index_select(1, self._layout.visual_rows[self._b])
 
     def _attended(self, params: Mapping[str, Any]) -> Tensor:
         return self._state.looking.attended_rows(self._key(params), self._b, self._uids, self._probe.name)
@@ -198,7 +202,7 @@ class SampleSource:
         part = backbone.layers[self._key(params)[0]].tables
 
         def rotary(position: Tensor) -> list[Tensor]:
-            return [table[0, :, part] for table in backbone.rotary(self._hidden[:1], position[None])]
+            return [table[0, :, part].to(self.device) for table in backbone.rotary(self._hidden[:1], position[None])]
 
         cos, sin = rotary(self._layout.position[self._b])
         alive = self._alive
@@ -215,9 +219,11 @@ class SampleSource:
     def _keys(self, params: Mapping[str, Any]) -> Tensor:
         assert self._probe.layer is not None
         if self._probe.site is Site.PREFIX_CACHE:
-            held = self._state.kit.store.layers[self._probe.layer + params.get("layer", 0)]
+            layer = self._probe.layer + params.get("layer", 0)
+            held = self._state.kit.store.layers[layer]
             assert held is not None
-            return held.key[self._b].index_select(1, held.layout.locate_in(self._b, self._uids))
+            key = whole(self._state.kit.backbone.layers[layer].attention, held.key)
+            return key[self._b].to(self.device).index_select(1, held.layout.locate_in(self._b, self._uids))
         return self._state.looking.keys(
             self._probe.layer + params.get("layer", 0), self._b, self._uids, self._probe.name
         )

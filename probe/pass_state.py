@@ -33,6 +33,7 @@ from probe.inputs import asked, reads_prompt
 from probe.ledger import Ledger
 from probe.looking import Attended, Looking, Recorder, attended
 from probe.loop import Pass
+from probe.parallel import whole
 from probe.pass_source import SampleSource
 from probe.selections.counts import how_many
 from probe.shadow import aligned, blind, with_shadow
@@ -112,6 +113,14 @@ class PassState:
         self.chosen: Tensor | None = None
         """`(batch, slots)` bool: answer rows that the first layer computes, where layers choose them."""
         self._ordinal = {p.name: i for i, p in enumerate(kit.table.probes)}
+
+    def _home(self, x: Tensor) -> Tensor:
+        """A tensor where the sequence is looked after: layers may be on other devices."""
+        return x.to(self.canvas.embeds.device)
+
+    def _tables_home(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        cos, sin = tables
+        return self._home(cos), self._home(sin)
 
     def timed(self) -> AbstractContextManager[None]:
         """Time spent inside belongs to the probes."""
@@ -276,17 +285,18 @@ class PassState:
         self.kit.evicted[layer] = seen
 
     def _take_queries(self, layer: int, query: Tensor) -> None:
-        self._queries = query
+        self._queries = self._home(query)
 
     def _evict(self, layer: int) -> None:
         """The cache policy looks at what the block attended to, and some columns leave this layer's store."""
         store, choose = self.kit.store, self.request.work.evict
         held = store.layers[layer]
         assert held is not None and choose is not None and self._queries is not None
+        key = whole(self.kit.backbone.layers[layer].attention, held.key)
         block = [list(rows) for rows in self.request.window]
         if self.kit.backbone.shift:
             block = [[edge, *rows] for edge, rows in zip(self.request.edge, block, strict=True)]
-        places, judged = kept_places(held.layout, self._queries, held.key, block, choose)
+        places, judged = kept_places(held.layout, self._queries, self._home(key), block, choose)
         store.keep(layer, places, self.streams)
         self._queries = None
         self.flops["backbone"] += self.kit.dims.at(layer).scored_rows(1, judged, "softmax")
@@ -308,7 +318,7 @@ class PassState:
             if not delta.answer:
                 start = torch.tensor(n_prompt, device=self.layout.row.device)[:, None]
                 places = start + torch.arange(t - self.canvas.suffix_length, device=start.device)
-                own = rows[: self.batch] if rows is not None else start[:, :0]
+                own = self._home(rows[: self.batch]) if rows is not None else start[:, :0]
                 self.chosen = (places[:, :, None] == own[:, None]).any(-1)
 
     def note_values(self, layer: int, rows: int) -> None:
@@ -342,7 +352,7 @@ class PassState:
     ) -> tuple[Tensor, dict[str, Any]]:
         """A layer begins: its `layer.input` probes act, give it the tables of the sequence as it is now."""
         if self.rope is None:
-            self.rope = kwargs["position_embeddings"]
+            self.rope = self._tables_home(kwargs["position_embeddings"])
         if self.cached:
             self._enter_columns(layer)
         else:
@@ -370,7 +380,7 @@ class PassState:
             self._rope_start = self._start()
             position = torch.cat([self._positions()] * self.streams)
             cos, _ = cast(tuple[Tensor, Tensor], self.rope)
-            self.rope = self.kit.backbone.rotary(cos, position)
+            self.rope = self._tables_home(self.kit.backbone.rotary(cos, position))
 
     def _columns_at(self, layer: int) -> tuple[Layout, list[Tensor]]:
         """A layer's columns without what this pass cuts, and the gathers that take stored keys there."""
@@ -420,6 +430,7 @@ class PassState:
             short = take(short, cast(_Carried, self._carried).index, self.streams)
         for probe in probes:
             short = self._act(probe, layer, short, first_layer=layer + 1)
+        short = short.to(hidden.device)  # the layer's own, where a model is spread over several
         self._between = short if short.shape[1] != self._long_width or short is not hidden else None
         self._mlp_rows = short.shape[1]
         return short
@@ -435,7 +446,7 @@ class PassState:
         """A layer ends: its output on the sequence as it is now, after its `layer.output` probes."""
         if self._between is not None and self._mlp_out is not None:
             join = self.kit.backbone.layers[layer].join
-            hidden = join(self._between, self._mlp_out, self._ids_now())
+            hidden = join(self._between, self._mlp_out, self._ids_now().to(self._between.device))
             self._between = self._mlp_out = None
         self._count(layer, self._rows_at, self._keys_at, self._mlp_rows)
         if self._carried is not None:
@@ -445,7 +456,8 @@ class PassState:
         return hidden
 
     def _act(self, probe: BoundProbe, layer: int, hidden: Tensor, *, first_layer: int) -> Tensor:
-        """A probe on the residual stream: record it as it is, or cut it."""
+        """A probe on the residual stream: record it as it is, or cut it. What it sees comes home for that."""
+        hidden = self._home(hidden)
         if probe.edit is None:
             self._record(probe, layer, hidden)
             return hidden
@@ -651,7 +663,9 @@ class PassState:
         self.keys = self.layout
         hidden = put_values(take(hidden, index, self.streams), self.layout, plans)
         if positions == "compact":
-            self.rope = self.kit.backbone.rotary(hidden, torch.cat([self._positions()] * self.streams))
+            self.rope = self._tables_home(
+                self.kit.backbone.rotary(hidden, torch.cat([self._positions()] * self.streams))
+            )
         else:
             cos, sin = cast(tuple[Tensor, Tensor], self.rope)
             self.rope = take(cos, index, self.streams), take(sin, index, self.streams)
@@ -746,7 +760,7 @@ class PassState:
         """A layer that some tokens went around has ended: the whole sequence again, theirs as they were."""
         carried = cast(_Carried, self._carried)
         self._carried = None
-        full = restore(carried.hidden, short, carried.index, self.streams)
+        full = restore(carried.hidden.to(short.device), short, carried.index, self.streams)
         if any(n != self.layout.width for n in self.layout.length):  # padding of the short sequence points at row 0
             full[:, :1] = take(short, self.layout.locate(carried.before.row[:, :1]), self.streams)
         self.layout = self.keys = carried.before

@@ -10,6 +10,7 @@ from torch import Tensor
 from probe.attend import Form, attention_rows
 from probe.backbones.base import LayerModules
 from probe.errors import ProbeError
+from probe.parallel import whole
 
 
 def projected_attention(
@@ -48,6 +49,7 @@ def projected_attention(
 def rotated(attention: Any, which: str, normed: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
     """Queries (`q`) or keys (`k`) `(head, row, size)` of normed rows, after rotary in the halves convention."""
     heads = getattr(attention, f"{which}_proj")(normed).reshape(normed.shape[0], -1, size).transpose(0, 1)
+    heads = whole(attention, heads, 0)
     norm = getattr(attention, f"{which}_norm", None)
     heads = heads if norm is None else norm(heads)
     turned = torch.cat([-heads[..., size // 2 :], heads[..., : size // 2]], -1)

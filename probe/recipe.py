@@ -59,6 +59,11 @@ VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 """What a variable of the trace can be called."""
 
 
+PLACEMENT = ("device_map", "max_memory", "tp_plan")
+"""Settings of `load` that say where a model is, not what it computes."""
+GIVEN_BY_THE_RUN = {"device": "use --device, or `load.device_map`", "dtype": "use --dtype"}
+
+
 class Recipe(BaseModel):
     """A whole recipe, checked, with every `$dial` replaced by its value."""
 
@@ -71,6 +76,7 @@ class Recipe(BaseModel):
     dial: dict[str, Any] = {}
     calibrate: dict[str, Part] = {}
     backbone: str = Field(default="miniature", min_length=1)
+    load: dict[str, Any] = {}
     data: Data = Data()
     generate: Generate = Generate()
     trace: Trace = Trace()
@@ -94,6 +100,14 @@ class Recipe(BaseModel):
         recipe: Recipe = handler(resolved)
         recipe._document, recipe._refs = document, refs
         return recipe
+
+    @model_validator(mode="after")
+    def _loading_is_of_the_backbone(self) -> Self:
+        for name in self.load:
+            if name in GIVEN_BY_THE_RUN:
+                words = f"`{name}` is the machine's business, not the recipe's; {GIVEN_BY_THE_RUN[name]}"
+                raise Wrong(words, "load", name)
+        return self
 
     @model_validator(mode="after")
     def _calibrations_are_of_dials(self) -> Self:
@@ -136,6 +150,9 @@ class Recipe(BaseModel):
 
     def _canonical(self, *leave_out: str, limit: bool = True) -> str:
         data = {k: v for k, v in self.model_dump(mode="json", by_alias=True).items() if k not in leave_out}
+        data["load"] = {k: v for k, v in data["load"].items() if k not in PLACEMENT}
+        if not data["load"]:
+            del data["load"]
         if not limit:
             data["data"] = {k: v for k, v in data["data"].items() if k != "limit"}
         return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -145,7 +162,7 @@ class Recipe(BaseModel):
         """Sixteen hex digits of what the recipe does to a sample.
 
         Not its description, nor how its values came about or could be found, nor how many samples
-        there are: a longer run is the same.
+        there are, nor where the model is: a longer run, or one on more devices, is the same.
         """
         text = self._canonical("about", "paper", "dial", "calibrate", "sweep", limit=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

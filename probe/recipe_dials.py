@@ -24,6 +24,7 @@ TOP_KEYS = [
         "dial",
         "calibrate",
         "backbone",
+        "load",
         "data",
         "generate",
         "trace",

@@ -88,7 +88,7 @@ def open_writer(
         weights_revision=backbone.revision,
         dtype=str(weights.dtype).removeprefix("torch."),
         attention_kernel=kernel_name(cast(Any, backbone.lm).config._attn_implementation),
-        device="cpu" if weights.device.type == "cpu" else torch.cuda.get_device_name(weights.device),
+        device="cpu" if backbone.device.type == "cpu" else torch.cuda.get_device_name(backbone.device),
         seed=recipe.generate.seed,
         versions={
             "python": platform.python_version(),

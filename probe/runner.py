@@ -137,7 +137,7 @@ def run(
     if limit is not None:  # the trace must say all that repeating it takes
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"limit": limit})})
     seed, limit = recipe.generate.seed, recipe.data.limit
-    backbone = backbone or load(recipe.backbone, device=pick_device(device), dtype=dtype)
+    backbone = backbone or load(recipe.backbone, device=pick_device(device), dtype=dtype, **recipe.load)
     of_harness = recipe.data.lmms_eval is not None
     if of_harness:  # likewise: how long an answer is and how many steps it takes
         recipe = lmms_settings.with_settings(recipe, backbone.source)
@@ -389,7 +389,7 @@ class _Seen:
 
 def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, *, think: bool) -> _Seen:
     """Encode a sample's pictures or clip under a table's probes, and lay the prompt out."""
-    watch = Stopwatch(next(backbone.parameters()).device)
+    watch = Stopwatch(backbone.device)
     done: Encoded | None = None
     with watch.section("encode"):
         if sample.pictures:
@@ -407,7 +407,11 @@ def _see(backbone: Backbone, sample: data.Sample, table: ProbeTable, seed: int, 
     seconds = {phase: sum(s for (_, p), s in spent.items() if p == phase) for phase in flops}
     if done is None:
         return _Seen(backbone.assemble(sample.question, None, think=think), seconds, flops, {}, {})
-    return _Seen(done.assemble(backbone, sample.question, think=think), seconds, flops, done.arrays, done.nan_scores)
+    arrays = done.arrays
+    if done.view_picture is not None and len(sample.pictures) > 1:
+        of_patch = done.view_picture[arrays["patch_view"]]
+        arrays = arrays | {"patch_box": on_sheet(arrays["patch_box"], of_patch, [p.size for p in sample.pictures])}
+    return _Seen(done.assemble(backbone, sample.question, think=think), seconds, flops, arrays, done.nan_scores)
 
 
 def _charged(result: Generated, seen: _Seen) -> Generated:

@@ -34,6 +34,8 @@ class Row:
     retention: float
     untouched: int
     failed: int = 0
+    speed: float = float("nan")
+    """Seconds of unpruned runs that took turns with these, over these; only a sweep's table has it."""
 
 
 def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:

@@ -240,7 +240,7 @@ def put_values(hidden: Tensor, layout: Layout, plans: Sequence[Plan | None], str
     hidden = hidden.clone()
     for b, plan in enumerate(plans):
         if plan is not None and plan.values is not None:
-            hidden[b, layout.visual_rows[b]] = plan.values.to(hidden.dtype)
+            hidden[b, layout.visual_rows[b]] = plan.values.to(hidden)
     return hidden
 
 
@@ -429,6 +429,7 @@ def resize(layout: Layout, source: np.ndarray, fresh: np.ndarray) -> tuple[Layou
 
 def take(x: Tensor, index: Tensor, streams: int = 1) -> Tensor:
     """Gather rows of `x (streams * batch or 1, length, ...)` at `index (batch, new length)`."""
+    index = index.to(x.device)
     rows = index.repeat(streams, 1) if streams > 1 else index
     if x.shape[0] == 1 and rows.shape[0] > 1:
         x = x.expand(rows.shape[0], *x.shape[1:])
@@ -437,13 +438,13 @@ def take(x: Tensor, index: Tensor, streams: int = 1) -> Tensor:
 
 def take_columns(x: Tensor, index: Tensor, streams: int = 1) -> Tensor:
     """Gather columns of stored keys or values `x (streams * batch, head, column, size)` at `index (batch, new)`."""
-    at = index.repeat(streams, 1)[:, None, :, None]
+    at = index.to(x.device).repeat(streams, 1)[:, None, :, None]
     return x.gather(2, at.expand(x.shape[0], x.shape[1], at.shape[2], x.shape[3]))
 
 
 def put_columns(x: Tensor, index: Tensor, fresh: Tensor, streams: int = 1) -> None:
     """In place: columns of `x` at `index (batch, n)` take `fresh (streams * batch, head, n, size)`."""
-    at = index.repeat(streams, 1)[:, None, :, None]
+    at = index.to(x.device).repeat(streams, 1)[:, None, :, None]
     x.scatter_(2, at.expand_as(fresh), fresh)
 
 
@@ -452,6 +453,7 @@ def restore(full: Tensor, short: Tensor, index: Tensor, streams: int = 1) -> Ten
 
     The inverse of `take` for every row that survived; rows that were removed keep their value in `full`.
     """
+    index = index.to(full.device)
     rows = index.repeat(streams, 1) if streams > 1 else index
     where = rows.reshape(*rows.shape, *[1] * (full.dim() - 2)).expand(*rows.shape, *full.shape[2:])
     return full.scatter(1, where, short)

@@ -69,6 +69,11 @@ class Cell:
         readable = re.sub(r"[^A-Za-z0-9.=%+]+", "-", " ".join(words)).strip("-.")[:80]
         return f"{readable}-{self.recipe.hash[:8]}"
 
+    def own_baseline(self, root: Path) -> Path:
+        """The trace of the unpruned run that takes turns with this one, where the recipe wants one."""
+        path = self.trace(root)
+        return path.with_name(path.name.replace(".trace.h5", ".baseline.trace.h5"))
+
     def trace(self, root: Path, shard: tuple[int, int] | None = None) -> Path:
         """The trace of the cell, or of one of its shards."""
         stem = self.recipe.name.replace("/", "-") + ("" if shard is None else f".shard{shard[0]}of{shard[1]}")
@@ -235,7 +240,7 @@ def _at(recipe: Recipe, base: Recipe, group: Group) -> Recipe:
     data = {k: v for k, v in own.items() if k in beside} | source
     generate = recipe.written("generate") | base.written("generate") | ({"seed": group.seed} if group.seed else {})
     changes: dict[str, Any] = {"backbone": group.backbone, "data": data, "generate": generate}
-    for key in ("trace", "run"):
+    for key in ("load", "trace", "run"):
         if base.written(key):
             changes[key] = recipe.written(key) | base.written(key)
     made = recipe.replace(**{k: v for k, v in changes.items() if v})

@@ -7,6 +7,8 @@ process is writing is left to that one.
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -74,12 +76,14 @@ class Worker:
         self.device, self.dtype, self.on_progress, self.command = device, dtype, on_progress, command
         self._loaded: tuple[str, Backbone] | None = None
 
-    def backbone(self, name: str) -> Backbone:
-        """The backbone of this name."""
-        if self._loaded is None or self._loaded[0] != name:
+    def backbone(self, recipe: Recipe) -> Backbone:
+        """The recipe's backbone, as the recipe loads it."""
+        key = json.dumps([recipe.backbone, recipe.load], sort_keys=True)
+        if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # two may not fit
             free_memory()
-            self._loaded = name, load(name, device=pick_device(self.device), dtype=self.dtype)
+            model = load(recipe.backbone, device=pick_device(self.device), dtype=self.dtype, **recipe.load)
+            self._loaded = key, model
         return self._loaded[1]
 
     def __call__(self, unit: Unit, root: Path) -> Outcome:
@@ -90,7 +94,7 @@ class Worker:
                 return Outcome(unit, "done", failed=count_failed(cell.trace(root, unit.shard)))
             run(
                 cell.recipe,
-                backbone=self.backbone(cell.group.backbone),
+                backbone=self.backbone(cell.recipe),
                 out=root / cell.folder,
                 resume=True,
                 shard=unit.shard,
@@ -228,7 +232,18 @@ def rows_of(cells: Sequence[Cell], root: Path) -> dict[Group, list[tuple[Cell, R
         if not there:
             continue
         found = _when_free(there, root)
-        known = there[0].is_baseline  # else there is nothing to agree with
-        rows = [row if known and i else replace(row, agreement=float("nan")) for i, row in enumerate(found)]
-        out[group] = list(zip(there, rows, strict=True))
+        if not there[0].is_baseline:  # nothing to agree with
+            found = tuple(replace(row, agreement=math.nan) for row in found)
+        out[group] = [(cell, _with_speed(cell, row, root)) for cell, row in zip(there, found, strict=True)]
     return out
+
+
+def _with_speed(cell: Cell, row: Row, root: Path) -> Row:
+    """Times are comparable where runs took turns with an unpruned one; others are not shown."""
+    if cell.is_baseline:
+        return replace(row, agreement=math.nan, seconds=math.nan)
+    own = cell.own_baseline(root)
+    if not own.exists():
+        return replace(row, seconds=math.nan)
+    (base,) = summarise([own], [cell.title])
+    return replace(row, speed=base.seconds / row.seconds)

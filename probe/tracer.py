@@ -167,9 +167,9 @@ class Tracer:
                 for probe in (c for c in code if c.name in saved):
                     value = probe.per_sample(saved[probe.name], state.batch)
                     self.kit.recorder.add(probe.name, request.clock.pass_index, None, value)
-                return hidden
+                return hidden.to(inputs["inputs_embeds"].device)
             hidden = self.kit.backbone.lm(**inputs).last_hidden_state
-            return cast(Tensor, hidden)
+            return cast(Tensor, hidden).to(inputs["inputs_embeds"].device)
 
 
 def _occasion(probe: BoundProbe, clock: Clock) -> tuple[Any, ...]:

@@ -8,10 +8,11 @@ models for which even the small files are not needed, and `tiny` builders of sma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,7 +43,7 @@ class Published:
 
     name: str
     facts: Callable[[], ModelFacts]
-    count: Callable[[Sequence[tuple[int, int]]], int]
+    count: Callable[..., int]
 
 
 @dataclass(frozen=True)
@@ -178,17 +179,29 @@ def load(
 
     `dtype` is a torch type or its name; `auto` takes the stored one, except that float16 becomes float32 on
     a CPU. `attention` names an attention implementation (`sdpa`, `eager`, ...; None: the adapter's choice).
-    Further `options` belong to the adapter (LLaDA-V and LaViDa: `vocab`, `special`, `encoder_attention`; LaViDa:
-    `rope_dtype`, `pool`, `several`; Dimple: `min_pixels`, `max_pixels`, `pixels`; autoregressive models:
-    `encoder_attention`, `special`, `device_map`, and Qwen2.5-VL `min_pixels`, `max_pixels`). Raises `ProbeError`.
+    `device_map` and `max_memory` spread a model over devices (`placement.place`). Further `options` belong to the
+    adapter (all: `special`, `encoder_attention`; LLaDA-V and LaViDa: `vocab`; LaViDa: `rope_dtype`, `pool`, `several`;
+    Dimple: `min_pixels`, `max_pixels`, `pixels`; autoregressive models: `tp_plan`, and Qwen2.5-VL `min_pixels`,
+    `max_pixels`, `fps`). Raises `ProbeError`.
     """
     checkpoint = resolve(name, revision=revision)
     entry = adapter_of(checkpoint)
-    options.update(device=device, dtype=dtype, attention=attention)
     with _told(checkpoint):
         if "facts" in entry.meta:
             _check(checkpoint, entry.meta["facts"](checkpoint))
-        return cast("Backbone", entry.function().from_checkpoint(checkpoint, **options))
+        load_it = entry.function().from_checkpoint
+        try:
+            model = load_it(checkpoint, device=device, dtype=dtype, attention=attention, **options)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            strange = str(error).rsplit(" ", 1)[-1]
+            if strange == "'tp_plan'":
+                words = "is not one of transformers' own classes, which alone have plans for tensor parallelism"
+                raise ProbeError(f"{checkpoint.source} {words}; spread it with `device_map`") from error
+            raise ProbeError(f"{checkpoint.source} is not loaded with a setting called {strange}") from error
+    model.load_options = dict(options)
+    return cast("Backbone", model)
 
 
 def facts_of(name: str | Path, *, revision: str | None = None) -> ModelFacts:
@@ -208,13 +221,19 @@ def adapter_class(name: str | Path, *, revision: str | None = None) -> type[Back
     return cast("type[Backbone]", adapter_of(resolve(name, revision=revision, weights=False)).function())
 
 
-def visual_count(name: str | Path, sizes: Sequence[tuple[int, int]], *, revision: str | None = None) -> int:
-    """Visual tokens of a sample whose pictures have these (width, height), without weights or pixels."""
+def visual_count(
+    name: str | Path, sizes: Sequence[tuple[int, int]], *, revision: str | None = None, **options: Any
+) -> int:
+    """Visual tokens of a sample whose pictures have these (width, height), without weights or pixels.
+
+    `options` are those of `load`; the ones that decide how pictures are cut or sized count.
+    """
     if published := _published(name, revision):
-        return published.count(sizes)
+        return published.count(sizes, **_named(published.count, options))
     checkpoint = resolve(name, revision=revision, weights=False)
     with _told(checkpoint):
-        return int(adapter_of(checkpoint).meta["count"](checkpoint, sizes))
+        count = adapter_of(checkpoint).meta["count"]
+        return int(count(checkpoint, sizes, **_named(count, options)))
 
 
 def _check(checkpoint: Checkpoint, facts: ModelFacts) -> ModelFacts:
@@ -238,6 +257,11 @@ def _told(checkpoint: Checkpoint) -> Iterator[None]:
             f"{checkpoint.source}: its config.json, tokenizer or weights do not make a model ({told}); "
             "compare them with those of the published checkpoint"
         ) from error
+
+
+def _named(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a function has by name."""
+    return {k: v for k, v in options.items() if k in signature(function).parameters}
 
 
 def known_backbones() -> list[KnownBackbone]:

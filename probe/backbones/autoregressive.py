@@ -9,7 +9,7 @@ they stand.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self, cast
 
@@ -24,11 +24,13 @@ from probe.backbones.causal import keep_causal
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.layout import Cells
 from probe.backbones.native import load_native, native_config
+from probe.backbones.placement import device_of
 from probe.backbones.pruned import join, prompt_of_survivors
 from probe.backbones.sequence import text_alone, with_pictures
 from probe.backbones.splice import IMAGE
 from probe.backbones.tokens import Tokenizer, load_tokenizer
 from probe.errors import ProbeError
+from probe.parallel import share_heads
 from probe.site import ModelFacts
 
 ATTENTION = "sdpa"
@@ -87,19 +89,24 @@ class Autoregressive(Backbone):
         attention: str | None = None,
         encoder_attention: str | None = None,
         special: SpecialIds | None = None,
-        device_map: Any = None,
+        device_map: object = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        tp_plan: str | None = None,
     ) -> Self:
         """Build the native class with every tensor of the checkpoint: none missing, none left over.
 
         `encoder_attention` is the image encoder's kernel (default: `attention`); `special` replaces the ids found in
-        the checkpoint; `device_map` spreads the weights as transformers does (it needs `accelerate`), instead of
-        putting all of them on `device`.
+        the checkpoint; `device_map` and `max_memory` spread the model over devices (`placement.place`);
+        `tp_plan="auto"` splits every layer over the processes of a torchrun, as transformers' plan for the class says.
         """
         facts, tokenizer = cls.facts_of(checkpoint), load_tokenizer(checkpoint.folder)
         kernels = [kernel or attention or ATTENTION for kernel in (attention, encoder_attention)]
         text, vision = (KERNELS.get(kernel, kernel) for kernel in kernels)
         config = native_config(cls.native_class, checkpoint, {"text_config": text, "vision_config": vision})
-        native = load_native(cls.native_class, checkpoint, config, device=device, dtype=dtype, device_map=device_map)
+        native = load_native(
+            cls.native_class, checkpoint, config, device=device, dtype=dtype, device_map=device_map,
+            max_memory=max_memory, tp_plan=tp_plan,
+        )  # fmt: skip
         ends = names.ends_of(checkpoint) or ((tokenizer.eos,) if tokenizer and tokenizer.eos is not None else ())
         special = special or _special(native.config.image_token_id, ends, facts.vocabulary, checkpoint.source)
         model = cls(
@@ -111,14 +118,17 @@ class Autoregressive(Backbone):
             template=names.chat_template(checkpoint),
             revision=checkpoint.fingerprint,
         )
+        if tp_plan is not None:
+            for modules in model.layers:
+                share_heads(modules.attention, torch.distributed.group.WORLD)
         stop = tuple(tokenizer.strings(ends)) if tokenizer else ()
         model.defaults = replace(cls.defaults, stop=stop, **names.generation_lengths(checkpoint))
         return model
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are."""
-        return cast(torch.device, self.lm.embed_tokens.weight.device)
+        """Where the embeddings are, or come out."""
+        return device_of(self.lm.embed_tokens)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,20 +157,29 @@ class Autoregressive(Backbone):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings `(..., width)`."""
-        return cast(Tensor, self.lm.embed_tokens(ids))
+        return cast(Tensor, self.lm.embed_tokens(ids)).to(self.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final-normed rows to float32 logits of the token that follows; the product is in the model's type."""
-        return cast(Tensor, self.native.lm_head(hidden)).float()
+        return cast(Tensor, self.native.lm_head(hidden)).float().to(self.device)
 
     @property
     @abstractmethod
     def picture_id(self) -> int:
         """The id that stands for a visual token in a native prompt."""
 
+    @property
+    def clip_id(self) -> int:
+        """Likewise in that of a clip, where a model takes clips."""
+        return self.picture_id
+
     @abstractmethod
-    def place(self) -> str:
-        """The text that stands for one picture in a rendered prompt."""
+    def place(self, *, clip: bool = False) -> str:
+        """The text that stands for one picture, or for a clip, in a rendered prompt."""
+
+    def is_clip(self, layouts: Sequence[Any]) -> bool:
+        """Whether the only layout is that of a clip."""
+        return False
 
     @abstractmethod
     def lay_out(self, features: Features) -> tuple[list[Tensor], Cells]:
@@ -176,32 +195,36 @@ class Autoregressive(Backbone):
         if think:
             raise ProbeError(f"{self.source} has no thinking switch; leave `think` out")
         layouts = cast(Sequence[Any], features.layout) if features else ()
-        ids = self.prompt_ids(question, len(layouts))
+        ids = self.prompt_ids(question, len(layouts), clip=self.is_clip(layouts))
         position = self.positions(ids, layouts)
         if features is not None and features.survivors is not None:
             return prompt_of_survivors(ids, features.survivors.to(self.device), join(features), self.embed)
         if features is not None:
             tokens, cells = self.lay_out(features)
-            return with_pictures(ids, tokens, cells, self.embed, position)
+            prompt = with_pictures(ids, tokens, cells, self.embed, position)
+            if position is None or not self.is_clip(layouts):
+                return prompt
+            return replace(prompt, next_position=int(position[-1].max()) + 1)  # a clip's times may be beyond the text
         other = self.prompt_ids(_another(question), 0)
         prompt = text_alone(ids, wording.shared_prefix(ids, other), self.embed, self.device)
         return replace(prompt, position=position)
 
-    def prompt_ids(self, question: str, pictures: int) -> list[int]:
+    def prompt_ids(self, question: str, pictures: int, *, clip: bool = False) -> list[int]:
         """Ids of a question under the checkpoint's chat template, with `splice.IMAGE` for each of its pictures.
 
-        Pictures stand where the template puts them, or where the question has `<image>`.
+        A `clip` is one picture here. Pictures stand where the template puts them, or where the question has `<image>`.
         """
         tokenizer, template = self._tokenizer(), self.template
         if template is None:
             files = ", ".join(names.TEMPLATES)
             raise ProbeError(f"{self.source} has no chat template; put one into one of {files}")
-        parts: list[dict[str, str]] = [{"type": "image"}] * pictures
+        parts: list[dict[str, str]] = [{"type": "video" if clip else "image"}] * pictures
         if wording.PLACE in question:
-            question = wording.ask(question, pictures, think=False).replace(wording.PLACE, self.place())
+            question = wording.ask(question, pictures, think=False).replace(wording.PLACE, self.place(clip=clip))
             parts = []
         chat = [{"role": wording.USER, "content": [*parts, {"type": "text", "text": question}]}]
-        ids = [IMAGE if i == self.picture_id else i for i in tokenizer.converse(chat, template)]
+        seen = self.clip_id if clip else self.picture_id
+        ids = [IMAGE if i == seen else i for i in tokenizer.converse(chat, template)]
         if ids.count(IMAGE) != pictures:
             held = f"{ids.count(IMAGE)} places for {pictures} pictures"
             raise ProbeError(f"the prompt of {self.source} has {held}; the chat template and the question give places")

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Prompt:
     `box (V, 4)` float32: what each visual token sees, as (x0, y0, x1, y1) fractions of its picture, NaN for newlines;
     `view (V,)` int16: 0 for the first picture's base view, then its tiles, then the next picture's views.
     `picture (V,)` int16: which picture. Text-only prompts have V = 0. `position (P,)` or `(P, axes)` int64 are rotary
-    positions (None: 0..P-1); answer slots continue after the largest on every axis.
+    positions (None: 0..P-1); answer slots continue at `next_position` on every axis (None: after the largest).
 
     Where probes acted in the encoder, V counts every patch of every view and the tokens that were added to them, so
     most of them stand nowhere: `fate (V,)` uint8 of `Fate` says what became of each, and `unpruned` how many visual
@@ -49,6 +50,7 @@ class Prompt:
     position: Tensor | None = None
     fate: Tensor | None = None
     unpruned: int | None = None
+    next_position: int | None = None
 
     @property
     def n_visual(self) -> int:
@@ -190,6 +192,10 @@ class Backbone(ABC, nn.Module):
     """Which axis of `position_ids` counts the samples."""
     batches: bool = True
     """Whether samples of a right-padded batch come out as they would alone."""
+    home: torch.device | None = None
+    """Where the sequence is looked after, if the model is spread over devices (`placement`); None: with the weights."""
+    load_options: Mapping[str, Any] = MappingProxyType({})
+    """The adapter's own options that it was loaded with (`backbones.load`)."""
     facts: ModelFacts
     special: SpecialIds
     defaults: GenerationDefaults
@@ -213,6 +219,15 @@ class Backbone(ABC, nn.Module):
     @abstractmethod
     def layers(self) -> Sequence[LayerModules]:
         """The decoder's layers, first to last."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings come out and logits are wanted; of a model that is spread over devices, its `home`."""
+        return self.home or next(self.lm.parameters()).device
+
+    def used_directly(self) -> Sequence[str]:
+        """Parameters that are read without their module's forward, so that they cannot be fetched when needed."""
+        return [name for name, _ in self.named_parameters(recurse=False)]
 
     @property
     @abstractmethod

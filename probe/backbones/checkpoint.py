@@ -108,6 +108,7 @@ class Checkpoint:
 
         with ExitStack() as stack:
             handles: dict[str, Any] = {}
+            places: dict[str, Path] = {}
             for path in self.files:
                 try:
                     handle = stack.enter_context(safe_open(path, framework="pt", device=device))
@@ -116,8 +117,8 @@ class Checkpoint:
                 for key in handle.keys():  # noqa: SIM118 - a handle is no mapping
                     if key in handles:
                         raise ProbeError(f"{path} repeats the tensor {key} of another file")
-                    handles[key] = handle
-            yield Tensors(handles)
+                    handles[key], places[key] = handle, path
+            yield Tensors(handles, places)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,13 +146,17 @@ class Checkpoint:
 class Tensors:
     """Opened weights: names, shapes and stored types without reading, tensors on demand."""
 
-    def __init__(self, handles: Mapping[str, Any]) -> None:
-        self._handles = handles
+    def __init__(self, handles: Mapping[str, Any], places: Mapping[str, Path]) -> None:
+        self._handles, self._places = handles, places
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Shapes by name."""
         return {k: tuple(h.get_slice(k).get_shape()) for k, h in self._handles.items()}
+
+    def path(self, key: str) -> Path:
+        """The file that a tensor is in."""
+        return self._places[key]
 
     def read(self, key: str, rows: int | None = None) -> torch.Tensor:
         """A tensor as stored, or only its first rows; one that holds NaN or infinity raises `ProbeError`."""

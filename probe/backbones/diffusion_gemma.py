@@ -7,7 +7,7 @@ the pass before expected (`condition`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self, cast
 
@@ -20,7 +20,7 @@ from probe.attend import KERNELS
 from probe.backbones import diffusion_gemma_config as names
 from probe.backbones import gemma_prompt as text
 from probe.backbones.base import Backbone, Features, GenerationDefaults, LayerModules, Prompt, SpecialIds
-from probe.backbones.checkpoint import Checkpoint, Tensors, check_names, choose_dtype
+from probe.backbones.checkpoint import Checkpoint, Tensors, choose_dtype
 from probe.backbones.diffusion_gemma_modules import (
     DECODER,
     GemmaCosts,
@@ -32,13 +32,16 @@ from probe.backbones.diffusion_gemma_modules import (
     published_name,
     read_config,
 )
+from probe.backbones.placement import likely_device
 from probe.backbones.prompt import shared_prefix
 from probe.backbones.rows import Rows
 from probe.backbones.splice import IMAGE
 from probe.backbones.tokens import Tokenizer, load_tokenizer
+from probe.backbones.weights import Spread, take
 from probe.errors import ProbeError
 from probe.site import ModelFacts, Role
 
+EMBEDDING_NAME = "model.embed_tokens.weight"
 EMBEDDING = f"{DECODER}embed_tokens.weight"
 
 
@@ -81,12 +84,14 @@ class DiffusionGemma(Backbone):
         encoder_attention: str | None = None,
         experts: str | None = None,
         special: SpecialIds | None = None,
+        device_map: object = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
     ) -> Self:
         """Build on no device, then take every tensor from the checkpoint: none missing, none left over.
 
         `attention` and `encoder_attention` are `sdpa` or `eager`; `experts` is how transformers runs them
         (`grouped_mm`, `batched_mm` or `eager`; None: `grouped_mm`, in float64 `eager`). `special` replaces the ids
-        found in the tokenizer.
+        found in the tokenizer. `device_map` and `max_memory` spread the model over devices (`placement.place`).
         """
         source, facts = checkpoint.source, names.facts_of(checkpoint)
         kernel, encoder_kernel = _kernel(attention or "sdpa"), _kernel(encoder_attention or attention or "sdpa")
@@ -103,9 +108,10 @@ class DiffusionGemma(Backbone):
                 source=source,
                 revision=checkpoint.fingerprint,
             )
-        with checkpoint.tensors(str(device)) as weights:
+        spread = None if device_map is None else Spread(device_map, max_memory)
+        with checkpoint.tensors(str(device) if spread is None else "cpu") as weights:
             stored = weights.read(EMBEDDING, 1).dtype if EMBEDDING in weights.shapes else torch.float32
-            model._take(weights, checkpoint, choose_dtype(dtype, stored, torch.device(device)))
+            model._take(weights, checkpoint, choose_dtype(dtype, stored, likely_device(device, device_map)), spread)
         if experts is None and model.dtype is torch.float64:
             config.text_config._experts_implementation = "eager"
         gen_length, block_length, steps = names.lengths_of(checkpoint)
@@ -121,20 +127,23 @@ class DiffusionGemma(Backbone):
         )
         return model
 
-    def _take(self, weights: Tensors, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def _take(self, weights: Tensors, checkpoint: Checkpoint, dtype: torch.dtype, spread: Spread | None) -> None:
         """Put the checkpoint's tensors in and compute the buffers that it does not hold."""
         published = {name: published_name(name) for name in self.state_dict()}
-        expected = {key: tuple(self.state_dict()[name].shape) for name, key in published.items()}
-        check_names(expected, weights.shapes, checkpoint.folder)
-        self.load_state_dict({n: weights.read(key).to(dtype) for n, key in published.items()}, assign=True)
+        finish = take(self, weights, published, dtype, checkpoint.folder, spread=spread)
         self.model.fill_buffers()
         self.vision_tower.encoder.rotary_emb = Gemma4VisionRotaryEmbedding(self.config.vision_config).to(self.device)
+        finish()
         self.eval().requires_grad_(False)
+
+    def used_directly(self) -> Sequence[str]:
+        """The embedding, which is the head as well."""
+        return [EMBEDDING_NAME]
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return cast(Tensor, self.model.embed_tokens.weight).device
+        """Where the weights are, or the sequence is looked after."""
+        return self.home or cast(Tensor, self.model.embed_tokens.weight).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,7 +197,7 @@ class DiffusionGemma(Backbone):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final-normed rows to float32 logits, `c * tanh(x / c)`; the head is the embedding."""
-        logits = nn.functional.linear(hidden, cast(Tensor, self.model.embed_tokens.weight)).float()
+        logits = nn.functional.linear(hidden.to(self.device), cast(Tensor, self.model.embed_tokens.weight)).float()
         cap = float(self.config.text_config.final_logit_softcapping)
         return torch.tanh(logits / cap) * cap
 
@@ -246,7 +255,7 @@ class DiffusionGemma(Backbone):
         row = torch.tensor(text.widen(list(ids), counts, image, begin, end), device=self.device)
         soft = row == image
         embeds = self.embed(row.masked_fill(soft, self.special.mask))
-        embeds[soft] = features.projected[0].to(embeds.dtype)
+        embeds[soft] = features.projected[0].to(embeds)
         role = torch.full_like(row, Role.QUESTION, dtype=torch.int8)
         role[: int(soft.nonzero()[0])] = Role.SYSTEM
         role[soft] = Role.VISUAL

@@ -39,10 +39,11 @@ from probe.backbones.dimple_modules import (
 )
 from probe.backbones.dimple_pixels import patches_of
 from probe.backbones.dimple_resize import Preprocessing
+from probe.backbones.placement import likely_device
 from probe.backbones.prompt import shared_prefix
 from probe.backbones.splice import IMAGE
 from probe.backbones.tokens import Tokenizer, load_tokenizer, within
-from probe.backbones.weights import take
+from probe.backbones.weights import Spread, take
 from probe.errors import ProbeError
 from probe.site import ModelFacts
 
@@ -116,12 +117,15 @@ class Dimple(Backbone):
         pixels: str = "processor",
         interleave: bool = False,
         full_attn_mask: bool | None = None,
+        device_map: object = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
     ) -> Self:
         """Build on no device, then take every tensor from the checkpoint: none missing, none left over.
 
         `min_pixels`, `max_pixels` replace the checkpoint's pixel budget (training used 3136 to 112896);
         `pixels="evaluation"` adds the published evaluation's JPEG and resizing. `interleave` puts pictures where the
         question names them (`<image 1>`). `full_attn_mask=False` makes the model causal; None takes the config's word.
+        `device_map` and `max_memory` spread the model over devices (`placement.place`).
         """
         settings, vision = names.text_settings(checkpoint.config), names.vision_settings(checkpoint.config)
         facts, tokenizer = names.facts_of(checkpoint), load_tokenizer(checkpoint.folder)
@@ -146,21 +150,24 @@ class Dimple(Backbone):
                 source=checkpoint.source,
                 revision=checkpoint.fingerprint,
             )
-        with checkpoint.tensors(str(device)) as weights:
+        spread = None if device_map is None else Spread(device_map, max_memory)
+        with checkpoint.tensors(str(device) if spread is None else "cpu") as weights:
             stored = weights.read(EMBEDDING, 1).dtype if EMBEDDING in weights.shapes else torch.float32
             published = {name: name for name in model.state_dict()}
             if settings["tie_word_embeddings"] and HEAD not in weights.shapes:
                 published[HEAD] = EMBEDDING
-            take(model, weights, published, choose_dtype(dtype, stored, torch.device(device)), checkpoint.folder)
+            chosen = choose_dtype(dtype, stored, likely_device(device, device_map))
+            finish = take(model, weights, published, chosen, checkpoint.folder, spread=spread)
         # what no checkpoint holds: tables that are computed
         model.model.rotary_emb = MultiAxisRotary(model.model.config, model.model.sections).to(model.device)
         model.visual.rotary_pos_emb = Qwen2_5_VLVisionRotaryEmbedding(model.visual.config).to(model.device)
+        finish()
         return model
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.lm_head.weight.device
+        """Where the weights are, or the sequence is looked after."""
+        return self.home or self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,11 +205,11 @@ class Dimple(Backbone):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings `(..., width)`."""
-        return cast(Tensor, self.model.embed_tokens(ids))
+        return cast(Tensor, self.model.embed_tokens(ids)).to(self.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final-normed rows to float32 logits; the product itself is in the model's type."""
-        return cast(Tensor, self.lm_head(hidden)).float()
+        return cast(Tensor, self.lm_head(hidden)).float().to(self.device)
 
     @torch.no_grad()
     def vision_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
@@ -219,7 +226,7 @@ class Dimple(Backbone):
     @torch.no_grad()
     def project(self, pixel_values: Tensor, grid_thw: Tensor) -> Features:
         """Patches and their grids, as of `patches_of`, to embeddings of visual tokens."""
-        projected = self.img_projector(self.vision_features(pixel_values, grid_thw))[None]
+        projected = self.img_projector(self.vision_features(pixel_values, grid_thw))[None].to(self.device)
         merge = self.preprocessing.merge
         grids = tuple(text.Grid(int(h) // merge, int(w) // merge) for _, h, w in grid_thw)
         return Features(projected, Pictures(grids, grid_thw.cpu()))

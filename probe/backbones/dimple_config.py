@@ -90,15 +90,29 @@ def preprocessing(checkpoint: Checkpoint, **options: Any) -> Preprocessing:
     return preprocessing_of(checkpoint.json("preprocessor_config.json") or {}, vision, checkpoint.folder, **options)
 
 
-def visual_count(checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]]) -> int:
+def visual_count(
+    checkpoint: Checkpoint,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    pixels: str = "processor",
+) -> int:
     """Visual tokens of a sample by its pictures' (width, height), from a checkpoint's small files alone."""
-    rule = preprocessing(checkpoint)
+    rule = preprocessing(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, pixels=pixels)
     return sum(rule.count(*size) for size in sizes)
 
 
-def published_count(sizes: Sequence[tuple[int, int]]) -> int:
+def published_count(
+    sizes: Sequence[tuple[int, int]],
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    pixels: str = "processor",
+) -> int:
     """Visual tokens of a sample of the published model by its pictures' (width, height)."""
-    rule = preprocessing_of(PUBLISHED_PREPROCESSOR, VISION, PUBLISHED_NAME)
+    options: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels, "pixels": pixels}
+    rule = preprocessing_of(PUBLISHED_PREPROCESSOR, VISION, PUBLISHED_NAME, **options)
     return sum(rule.count(*size) for size in sizes)
 
 

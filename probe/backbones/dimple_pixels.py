@@ -23,9 +23,21 @@ def patches_of(images: Sequence[Image.Image], rule: Preprocessing) -> tuple[Tens
     picture stands still: it fills every frame of a patch.
     """
     resized = [resize(image, rule) for image in images]
-    rows = torch.cat([patchify(normalise(image, rule), rule) for image in resized])
+    rows = torch.cat([patchify(normalise(image, rule).expand(rule.temporal, -1, -1, -1), rule) for image in resized])
     grid = [(1, image.height // rule.patch, image.width // rule.patch) for image in resized]
     return rows, torch.tensor(grid)
+
+
+def patches_of_clip(frames: Sequence[Image.Image], rule: Preprocessing) -> tuple[Tensor, Tensor]:
+    """The patches of a clip, which last `rule.temporal` frames each, and its grid `(1, 3)`, as of `patches_of`.
+
+    Frames get the size of the first one; the last is repeated where a patch lacks some.
+    """
+    size = rule.size(*frames[0].size)
+    still = [normalise(rgb(frame).resize(size, rule.resample), rule) for frame in frames]
+    still += still[-1:] * (-len(still) % rule.temporal)
+    grid = (len(still) // rule.temporal, size[1] // rule.patch, size[0] // rule.patch)
+    return patchify(torch.stack(still), rule), torch.tensor([grid])
 
 
 def resize(image: Image.Image, rule: Preprocessing) -> Image.Image:
@@ -53,11 +65,10 @@ def normalise(image: Image.Image, rule: Preprocessing) -> Tensor:
     return torch.from_numpy((scaled - mean) / std)
 
 
-def patchify(pixels: Tensor, rule: Preprocessing) -> Tensor:
-    """`(height, width, 3)` to `(patches, 3 * temporal * patch * patch)`, blocks of merged patches together."""
-    still = pixels.expand(rule.temporal, *pixels.shape)
+def patchify(frames: Tensor, rule: Preprocessing) -> Tensor:
+    """`(frames, height, width, 3)` to `(patches, 3 * temporal * patch * patch)`, blocks of merged patches together."""
     return rearrange(
-        still,
-        "t (row mr y) (col mc x) c -> (row col mr mc) (c t y x)",
-        mr=rule.merge, mc=rule.merge, y=rule.patch, x=rule.patch,
+        frames,
+        "(time t) (row mr y) (col mc x) c -> (time row col mr mc) (c t y x)",
+        t=rule.temporal, mr=rule.merge, mc=rule.merge, y=rule.patch, x=rule.patch,
     )  # fmt: skip

@@ -31,12 +31,56 @@ class Grid:
         """Visual tokens."""
         return self.rows * self.columns
 
+    @property
+    def times(self) -> int:
+        """Grids of tokens: one."""
+        return 1
+
+    @property
+    def time_ids(self) -> Tensor:
+        """`(times,)` int64: when the grids stand, from 0."""
+        return torch.zeros(1, dtype=torch.int64)
+
     def cells(self, picture: int) -> Cells:
         """What each token sees: an even share of the picture, which is also the view."""
         x, y = (torch.arange(n + 1).double() / n for n in (self.columns, self.rows))
         box = boxes(torch.stack([x[:-1], x[1:]], -1), torch.stack([y[:-1], y[1:]], -1)).flatten(0, 1).float()
         which = torch.full((self.count,), picture, dtype=torch.int16)
         return Cells(torch.zeros(self.count, dtype=torch.bool), box, which, which)
+
+
+@dataclass(frozen=True)
+class ClipGrid(Grid):
+    """A clip whose frames have one size: `times` grids of tokens one after the other, each of `depth` frames.
+
+    The last one repeats the last frame where `frames` are too few. Grids are `interval` time ids apart, rounded down.
+    """
+
+    frames: int
+    depth: int
+    interval: float
+
+    @property
+    def times(self) -> int:
+        """Grids of tokens."""
+        return -(-self.frames // self.depth)
+
+    @property
+    def count(self) -> int:
+        """Visual tokens."""
+        return self.times * self.rows * self.columns
+
+    @property
+    def time_ids(self) -> Tensor:
+        """`(times,)` int64: when the grids stand, from 0."""
+        return (torch.arange(self.times) * self.interval).long()
+
+    def cells(self, picture: int) -> Cells:
+        """What each token sees: a share of its frames; `picture` is the first of them, `view` counts the grids."""
+        one = super().cells(0)
+        still = one.newline.repeat(self.times), one.box.repeat(self.times, 1)
+        view = torch.arange(self.times).repeat_interleave(self.rows * self.columns)
+        return Cells(*still, (picture + view).to(torch.int16), (picture + view * self.depth).to(torch.int16))
 
 
 def cells_of(grids: Sequence[Grid], order: Sequence[int]) -> Cells:
@@ -82,14 +126,15 @@ def positions(ids: Sequence[int], grids: Sequence[Grid]) -> Tensor:
     """M-RoPE positions `(length, 3)` int64 (time, row, column) of the sequence in which `IMAGE`s become visual tokens.
 
     Text counts up on all axes alike. A picture that begins at count c stands at time c, rows c, c+1, ... and columns
-    c, c+1, ...; what comes after it goes on at the largest position so far plus one.
+    c, c+1, ...; what comes after it goes on at the largest of its rows and columns plus one, also behind a clip, whose
+    times may be beyond that.
     """
     count, left = 0, iter(grids)
     pieces: list[Tensor] = []
     for token in ids:
         if token == IMAGE:
             grid = next(left)
-            cell = torch.cartesian_prod(torch.zeros(1).long(), torch.arange(grid.rows), torch.arange(grid.columns))
+            cell = torch.cartesian_prod(grid.time_ids, torch.arange(grid.rows), torch.arange(grid.columns))
             pieces.append(cell.view(-1, 3) + count)
             count += max(grid.rows, grid.columns)
         else:

@@ -7,6 +7,7 @@ named as OLMo's, `llava_llada`; LLaDA-V has that model type too, but names its s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from probe.backbones import llada_v_config
@@ -146,15 +147,26 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     return model_facts(checkpoint.source, decoder_fields(config), vocabulary, vision, text_tower=text_tower)
 
 
-def visual_count(checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]]) -> int:
+def visual_count(
+    checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]], *, pool: str | None = None, several: str = "stack"
+) -> int:
     """Visual tokens of a sample by its pictures' (width, height), from a checkpoint's small files alone."""
     vision = vision_settings(checkpoint)
-    return count_visual(sizes, geometry(checkpoint.config, vision)) if vision else 0
+    return _count(sizes, geometry(checkpoint.config, vision), pool, several) if vision else 0
 
 
-def published_count(sizes: Sequence[tuple[int, int]]) -> int:
+def published_count(sizes: Sequence[tuple[int, int]], *, pool: str | None = None, several: str = "stack") -> int:
     """Visual tokens of a sample of either published model by its pictures' (width, height)."""
-    return count_visual(sizes, geometry(VISION, SIGLIP_SO400M))
+    return _count(sizes, geometry(VISION, SIGLIP_SO400M), pool, several)
+
+
+def _count(sizes: Sequence[tuple[int, int]], tiles: Geometry, pool: str | None, several: str) -> int:
+    """With the options of loading: another pooling, several pictures as a list of pooled views with newlines."""
+    if pool is not None:
+        tiles = replace(tiles, pool=None if pool == "none" else pool)
+    if several == "list" and (len(sizes) > 1 or not tiles.pinpoints):
+        return len(sizes) * (tiles.side**2 + 1)
+    return count_visual(sizes, tiles)
 
 
 def dream_facts() -> ModelFacts:

@@ -23,6 +23,7 @@ from probe.backbones.base import Features, LayerModules, Views
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.layout import Cells, Layout, Tiled
 from probe.backbones.pixels import cut, normalise, rgb
+from probe.backbones.placement import device_of
 from probe.backbones.pruned import views_of
 from probe.backbones.text_tower import ClipTextTower
 from probe.cost import EncoderDims, encoder_dims
@@ -71,7 +72,7 @@ class LlavaNext(Autoregressive):
         """The id of `<image>`."""
         return cast(int, self.native.config.image_token_id)
 
-    def place(self) -> str:
+    def place(self, *, clip: bool = False) -> str:
         """`<image>`, as the tokenizer spells it."""
         return self._tokenizer().strings([self.picture_id])[0]
 
@@ -82,8 +83,8 @@ class LlavaNext(Autoregressive):
         Where features come from several layers, their widths add up.
         """
         tower: Any = self.native.model.vision_tower
-        patches = tower.embeddings.patch_embedding.weight
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels.to(patches.device, patches.dtype)))
+        there = device_of(tower.embeddings.patch_embedding)
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels.to(there, self.dtype)))
         states = {0: hidden}
         for number, modules in enumerate(self._encoder_layers, 1):
             hidden = modules.layer(hidden, attention_mask=None)

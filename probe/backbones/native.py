@@ -6,6 +6,7 @@ its report becomes one error.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from probe.backbones.checkpoint import Checkpoint, choose_dtype
+from probe.backbones.placement import DISK, likely_device, place
 from probe.errors import ProbeError
 
 _MOST = 5
@@ -42,7 +44,9 @@ def load_native(
     *,
     device: str | torch.device,
     dtype: str | torch.dtype,
-    device_map: Any = None,
+    device_map: object = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    tp_plan: str | None = None,
 ) -> Any:
     """The native model with the checkpoint's weights, on `device` or spread as `device_map` says.
 
@@ -51,10 +55,19 @@ def load_native(
     with checkpoint.tensors() as weights:  # says clearly what is wrong with the files themselves
         name = next((k for k in weights.shapes if k.endswith("embed_tokens.weight")), None)
         stored = weights.read(name, 1).dtype if name else torch.float32
-    chosen = choose_dtype(dtype, stored, torch.device(device))
+    chosen = choose_dtype(dtype, stored, likely_device(device, device_map))
     settings = {"dtype": chosen, "local_files_only": True, "use_safetensors": True}
     if device_map is not None:
-        settings["device_map"] = device_map
+        with torch.device("meta"):
+            shell = kind(config)
+        decoder = shell.model.language_model
+        placement = place(shell, decoder, checkpoint.source, device_map, chosen, max_memory)
+        loose = [name for name in shell.state_dict() if name in placement.places and placement.of(name) == DISK]
+        if loose:  # read without a module's forward, so that nothing fetches it
+            raise ProbeError(f"`device_map` leaves {loose[0]} on disk; it must be on {placement.home}")
+        settings["device_map"] = dict(placement.places)
+    if tp_plan is not None:
+        settings |= _parallel(kind, checkpoint, config, tp_plan, device_map)
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # the report becomes an error of ours
     try:
@@ -70,7 +83,28 @@ def load_native(
     wrong = [f"{len(report[key])} {said}: {_some(report[key])}" for said, key in kinds.items() if report[key]]
     if wrong:
         raise ProbeError(f"{checkpoint.folder}: the weights do not fit the config. {'; '.join(wrong)}")
-    return model if device_map is not None else model.to(device)
+    return model if device_map is not None or tp_plan is not None else model.to(device)
+
+
+def _parallel(kind: Any, checkpoint: Checkpoint, config: Any, plan: str, device_map: object) -> dict[str, Any]:
+    """transformers' settings of tensor parallelism; raises where it cannot be."""
+    from transformers.distributed import DistributedConfig
+
+    if plan != "auto":
+        raise ProbeError(f"tp_plan={plan!r}; known: auto, transformers' own plan for the class")
+    if device_map is not None:
+        raise ProbeError("`tp_plan` splits layers over all processes, `device_map` places whole ones; give one of them")
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        raise ProbeError("`tp_plan` needs a process per part: start it with torchrun --nproc-per-node N")
+    size, text = int(os.environ["WORLD_SIZE"]), config.get_text_config()
+    with torch.device("meta"):
+        plans = kind(config).tp_plan
+    if not any(".layers." in name for name in plans):
+        raise ProbeError(f"transformers has no tensor-parallel plan for the decoder of {checkpoint.source}")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if (heads := getattr(text, name)) % size:
+            raise ProbeError(f"{size} processes cannot share {heads} {name} of {checkpoint.source} evenly")
+    return {"distributed_config": DistributedConfig(tp_plan=plan)}
 
 
 def _some(keys: Any) -> str:

@@ -1,8 +1,8 @@
 """Qwen2.5-VL (Bai et al., arXiv 2502.13923) on transformers' own class: patches at a picture's own size, M-RoPE.
 
 A picture keeps its shape and about its size, within a budget of pixels; every square of patches is one visual token.
-There are no newlines: where a token stands in its picture is said by rotary positions on three axes. Clips, which the
-model takes as well, are not here.
+There are no newlines: where a token stands in its picture is said by rotary positions on three axes. In a clip a token
+lasts two frames, and the first axis says when.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from probe.backbones.autoregressive import Autoregressive
 from probe.backbones.base import Features, LayerModules
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.dimple_modules import encode_flops, tower_layers
-from probe.backbones.dimple_pixels import patches_of
+from probe.backbones.dimple_pixels import patches_of, patches_of_clip
 from probe.backbones.layout import Cells
+from probe.backbones.placement import device_of
 from probe.errors import ProbeError
 from probe.site import ModelFacts
+
+FPS = 2.0
+"""Frames per second at which clips are sampled, unless said otherwise, as the model was trained."""
 
 
 class QwenVL(Autoregressive):
@@ -33,13 +37,26 @@ class QwenVL(Autoregressive):
     native_class = Qwen2_5_VLForConditionalGeneration
     ids_batch_axis = 1
     preprocessing: names.QwenPixels
+    fps: float
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, *, min_pixels: int | None = None, max_pixels: int | None = None, **options: Any
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        fps: float = FPS,
+        **options: Any,
     ) -> Self:
-        """As every autoregressive model; `min_pixels`, `max_pixels` replace the checkpoint's budget of pixels."""
+        """As every autoregressive model; `min_pixels`, `max_pixels` replace the checkpoint's budget of pixels.
+
+        The budget is that of a picture and of a frame. `fps`: how many frames of a clip are a second of it.
+        """
+        if not fps > 0:
+            raise ProbeError(f"fps={fps}; frames per second are more than 0")
         model = super().from_checkpoint(checkpoint, **options)
+        model.fps = fps
         model.preprocessing = names.preprocessing(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels)
         return model
 
@@ -63,10 +80,19 @@ class QwenVL(Autoregressive):
         """The id of `<|image_pad|>`."""
         return cast(int, self.native.config.image_token_id)
 
-    def place(self) -> str:
-        """`<|vision_start|><|image_pad|><|vision_end|>`, as the tokenizer spells them."""
-        config = self.native.config
-        ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+    @property
+    def clip_id(self) -> int:
+        """The id of `<|video_pad|>`."""
+        return cast(int, self.native.config.video_token_id)
+
+    def is_clip(self, layouts: Sequence[Any]) -> bool:
+        """Whether the only layout is that of a clip."""
+        return any(isinstance(layout, axes.ClipGrid) for layout in layouts)
+
+    def place(self, *, clip: bool = False) -> str:
+        """`<|vision_start|><|image_pad|><|vision_end|>`, as the tokenizer spells them; a clip's has `<|video_pad|>`."""
+        config, seen = self.native.config, self.clip_id if clip else self.picture_id
+        ids = [config.vision_start_token_id, seen, config.vision_end_token_id]
         return "".join(self._tokenizer().strings(ids))
 
     def position_ids(self, position: Tensor) -> Tensor:
@@ -83,16 +109,31 @@ class QwenVL(Autoregressive):
         if not images:
             raise ProbeError("no picture to encode; leave the features out for a question without pictures")
         pixels, grid = patches_of(images, self.preprocessing)
-        tower: Any = self.native.model.visual
-        weight = tower.patch_embed.proj.weight
-        merged = tower(pixels.to(weight.device, weight.dtype), grid_thw=grid.to(weight.device)).pooler_output
         merge = self.preprocessing.merge
-        return Features(merged[None], tuple(axes.Grid(int(h) // merge, int(w) // merge) for _, h, w in grid))
+        grids = tuple(axes.Grid(int(h) // merge, int(w) // merge) for _, h, w in grid)
+        return Features(self._merged(pixels, grid), grids)
+
+    @torch.no_grad()
+    def encode_video(self, frames: Sequence[Image.Image]) -> Features:
+        """The frames of one clip, two to a token: `projected (1, tokens, width)`, one grid after the other."""
+        if not frames:
+            raise ProbeError("a clip without frames")
+        pixels, grid = patches_of_clip(frames, self.preprocessing)
+        rule, vision = self.preprocessing, self.native.config.vision_config
+        rows, columns = (int(n) // rule.merge for n in grid[0, 1:])
+        interval = vision.tokens_per_second * (rule.temporal / self.fps)
+        clip = axes.ClipGrid(rows, columns, len(frames), rule.temporal, interval)
+        return Features(self._merged(pixels, grid), (clip,))
+
+    def _merged(self, pixels: Tensor, grid: Tensor) -> Tensor:
+        tower: Any = self.native.model.visual
+        there = device_of(tower)
+        return cast(Tensor, tower(pixels.to(there, self.dtype), grid_thw=grid.to(there)).pooler_output[None])
 
     def encode_flops(self, features: Features) -> float:
         """The encoder with its windows, and the merger."""
         merge = self.preprocessing.merge
-        grids = [(1, g.rows * merge, g.columns * merge) for g in cast(Sequence[axes.Grid], features.layout)]
+        grids = [(g.times, g.rows * merge, g.columns * merge) for g in cast(Sequence[axes.Grid], features.layout)]
         return encode_flops(self.native.config.vision_config, torch.tensor(grids), 0)  # nothing behind the merger
 
     @torch.no_grad()

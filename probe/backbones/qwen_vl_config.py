@@ -73,9 +73,15 @@ def preprocessing(
     return QwenPixels(**vars(rule))
 
 
-def visual_count(checkpoint: Checkpoint, sizes: Sequence[tuple[int, int]]) -> int:
+def visual_count(
+    checkpoint: Checkpoint,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> int:
     """Visual tokens of a sample by its pictures' (width, height), from a checkpoint's small files alone."""
-    rule = preprocessing(checkpoint)
+    rule = preprocessing(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels)
     return sum(rule.count(*size) for size in sizes)
 
 
@@ -90,9 +96,12 @@ def published_facts(name: str) -> ModelFacts:
     return _facts(name, PUBLISHED[name], {})
 
 
-def published_count(name: str, sizes: Sequence[tuple[int, int]]) -> int:
+def published_count(
+    name: str, sizes: Sequence[tuple[int, int]], *, min_pixels: int | None = None, max_pixels: int | None = None
+) -> int:
     """Visual tokens of a sample of a published model by its pictures' (width, height)."""
-    rule = QwenPixels(**vars(preprocessing_of(PUBLISHED_PIXELS, VISION, name)))
+    budget = preprocessing_of(PUBLISHED_PIXELS, VISION, name, min_pixels=min_pixels, max_pixels=max_pixels)
+    rule = QwenPixels(**vars(budget))
     return sum(rule.count(*size) for size in sizes)
 
 

@@ -29,6 +29,7 @@ from probe.backbones.bidirectional import BidirectionalLlama, BidirectionalQwen2
 from probe.backbones.checkpoint import Checkpoint
 from probe.backbones.layout import Clip, Layout, Plain, Tiled
 from probe.backbones.pixels import frame_views, padded_views, tiled_views
+from probe.backbones.placement import device_of
 from probe.backbones.pruned import join, prompt_of_survivors, views_of
 from probe.backbones.sequence import describe, lay_out, text_alone, with_pictures
 from probe.backbones.siglip import layer_modules, projector
@@ -154,8 +155,8 @@ class TiledBackbone(Backbone):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.lm_head.weight.device
+        """Where the weights are, or the sequence is looked after."""
+        return self.home or self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,11 +195,11 @@ class TiledBackbone(Backbone):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings `(..., width)`."""
-        return cast(Tensor, self.model.embed_tokens(ids))
+        return cast(Tensor, self.model.embed_tokens(ids)).to(self.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final-normed rows to float32 logits; the product itself is in the model's type."""
-        return cast(Tensor, self.lm_head(hidden)).float()
+        return cast(Tensor, self.lm_head(hidden)).float().to(self.device)
 
     # Pictures
 
@@ -212,7 +213,7 @@ class TiledBackbone(Backbone):
     @torch.no_grad()
     def encode_views(self, pixels: Tensor) -> Tensor:
         """`(views, 3, tile, tile)` to projected features `(views, patches, width)`."""
-        return cast(Tensor, self.mm_projector(self.vision_features(pixels)))
+        return cast(Tensor, self.mm_projector(self.vision_features(pixels))).to(self.device)
 
     def encode_images(self, images: Sequence[Image.Image]) -> Features:
         """One picture as a base view and tiles; several as one padded square each, as published."""
@@ -266,7 +267,7 @@ class TiledBackbone(Backbone):
         tower = self.__dict__.get("_text")  # no submodule: its weights are none of the checkpoint's own
         if tower is None:
             kernel = self._tower().config._attn_implementation
-            tower = self.__dict__["_text"] = TextTower(self.checkpoint, self.device, self.dtype, kernel)
+            tower = self.__dict__["_text"] = TextTower(self.checkpoint, device_of(self._tower()), self.dtype, kernel)
         return cast(TextTower, tower)
 
     def text_space(self, hidden: Tensor) -> Tensor:
@@ -294,7 +295,8 @@ class TiledBackbone(Backbone):
         """A sequence from ids in which `splice.IMAGE` stands for each picture."""
         layouts = cast(Sequence[Layout], features.layout)
         if features.survivors is not None:
-            return prompt_of_survivors(ids, features.survivors, join(features), self.embed, self.max_length)
+            left = features.survivors.to(self.device)
+            return prompt_of_survivors(ids, left, join(features), self.embed, self.max_length)
         tokens = lay_out(layouts, features.projected, self.image_newline)
         return with_pictures(ids, tokens, describe(layouts), self.embed, limit=self.max_length)
 

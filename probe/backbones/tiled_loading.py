@@ -11,10 +11,11 @@ import torch
 from probe.attend import KERNELS
 from probe.backbones.base import SpecialIds
 from probe.backbones.checkpoint import Checkpoint, Tensors, choose_dtype
+from probe.backbones.placement import likely_device
 from probe.backbones.siglip import siglip_config
 from probe.backbones.tiled_config import vision_settings
 from probe.backbones.tokens import Tokenizer, load_tokenizer
-from probe.backbones.weights import take
+from probe.backbones.weights import Spread, take
 from probe.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -36,18 +37,22 @@ def load_tiled(
     encoder_attention: str | None = None,
     vocab: str = "tokenizer",
     special: SpecialIds | None = None,
+    device_map: object = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> Model:
     """Build on no device, then take every tensor from the checkpoint: none missing, none left over.
 
     `vocab="tokenizer"` cuts the embedding and the head to the tokenizer's length, as the published
-    loaders do; `"full"` keeps every row. `special` replaces the ids that the checkpoint says.
+    loaders do; `"full"` keeps every row. `special` replaces the ids that the checkpoint says. `device_map` spreads
+    the model over devices within `max_memory` (`placement.place`), instead of putting all of it on `device`.
     """
     if vocab not in ("tokenizer", "full"):
         raise ProbeError(f"vocab={vocab!r}; known: tokenizer, full")
     config, vision = checkpoint.config, vision_settings(checkpoint)
     facts, tokenizer = cls.facts_of(checkpoint), load_tokenizer(checkpoint.folder)
     kernel = KERNELS.get(attention or ATTENTION, attention or ATTENTION)
-    with checkpoint.tensors(str(device)) as weights:
+    spread = None if device_map is None else Spread(device_map, max_memory)
+    with checkpoint.tensors(str(device) if spread is None else "cpu") as weights:
         rows = stored_rows(cls, config, weights, tokenizer)
         if tokenizer is not None and len(tokenizer) > rows:
             what = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows"
@@ -72,11 +77,13 @@ def load_tiled(
             published[HEAD] = published[EMBEDDING]
         embedding = published[EMBEDDING]
         stored = weights.read(embedding, 1).dtype if embedding in weights.shapes else torch.float32
-        chosen = choose_dtype(dtype, stored, torch.device(device))
-        take(model, weights, published, chosen, checkpoint.folder, rows={EMBEDDING: rows, HEAD: rows})
+        chosen = choose_dtype(dtype, stored, likely_device(device, device_map))
+        cut = {EMBEDDING: rows, HEAD: rows} if kept != rows else {}
+        finish = take(model, weights, published, chosen, checkpoint.folder, rows=cut, spread=spread)
     model.defaults = cls.defaults_of(checkpoint)
     model.checkpoint = checkpoint
     model.fill_buffers()
+    finish()
     return model
 
 

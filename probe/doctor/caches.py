@@ -77,7 +77,7 @@ def _prefix_mask(patient: Patient, prompts: Sequence[Prompt], name: str) -> str:
     model, steps = patient.backbone, _steps(patient, prompts, name)
     tokens = np.full((len(prompts), SLOTS), model.special.mask)
     gap = 0.0
-    for step in steps if patient.precise else steps[:1]:
+    for step in steps if patient.compares_later else steps[:1]:
         where = f"cache `{name}`, {step.clock.phase} at step {step.clock.step}"
         for b, prompt in enumerate(prompts):
             computed = step.clock.phase is Phase.PREFILL or torch.tensor(step.slots) >= model.shift

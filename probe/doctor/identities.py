@@ -63,7 +63,7 @@ def drop(patient: Patient) -> str:
             at = f"{where}, intervention at {edit}"
             for a, b, plain in zip(run(text), run(text.replace("drop", "mask")), run(NOTHING), strict=True):
                 gap = max(gap, alike(patient, a, b, at))
-                steps = slice(None if patient.precise else 1)  # later ones may choose otherwise
+                steps = slice(None if patient.compares_later else 1)  # later ones may choose otherwise
                 alive = [x.arrays["visual_kept"][steps] == int(Fate.KEPT) for x in (a, b)]
                 expect(bool((alive[0] == alive[1]).all()), f"{at}: other tokens are masked than dropped")
                 expect(not alive[0].all(), f"{at}: nothing was dropped")

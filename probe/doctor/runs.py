@@ -110,14 +110,14 @@ def same(a: Generated, b: Generated, where: str, names: Sequence[str] = ("token"
 def alike(patient: Patient, a: Generated, b: Generated, where: str, names: Sequence[str] = ("confidence",)) -> float:
     """Raise `Unwell` unless two answers are the same up to rounding; returns the largest difference of the first step.
 
-    Later steps may differ by ten times as much, for what is predicted is fed back. Where the type is coarse, tokens
-    may fall otherwise, so only the first step is compared.
+    Later steps may differ by ten times as much, for what is predicted is fed back. Where the type is coarse for that
+    (`Patient.compares_later`), tokens may fall otherwise, so only the first step is compared.
     """
-    if patient.precise:
+    if patient.compares_later:
         expect(a.ids == b.ids, f"{where}: the answers are {a.ids} and {b.ids}")
     gap = 0.0
     for name in names:
-        x, y = (v.arrays[name] if patient.precise else v.arrays[name][:1] for v in (a, b))
+        x, y = (v.arrays[name] if patient.compares_later else v.arrays[name][:1] for v in (a, b))
         expect(x.shape == y.shape, f"{where}: `{name}` has the shapes {x.shape} and {y.shape}")
         expect(bool((np.isnan(x) == np.isnan(y)).all()), f"{where}: `{name}` is not known at the same places")
         for steps, allowed in ((slice(0, 1), patient.tolerance), (slice(1, None), 10 * patient.tolerance)):

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from probe.summary import Row
     from probe.sweep import Cell, Group
 
-HEAD = ("run", "n", "score", "of unpruned", "agrees", "FLOPs", "ratio", "seconds", "visual tokens")
+HEAD = ("run", "n", "score", "share", "agrees", "FLOPs", "ratio", "seconds", "speed", "tokens")
+NARROW = ("run", "n", "score", "share", "agrees", "ratio", "speed", "tokens")
+"""What fits a terminal."""
+TOLD = (
+    "score: mean and half of its 95% interval; share: of the unpruned run's score; agrees:",
+    "answer tokens equal to the unpruned run's; ratio: FLOPs over the unpruned run's; speed:",
+    "against unpruned runs that took turns with these; tokens: visual ones, mean over layers and steps",
+)
 Rows = Mapping["Group", Sequence[tuple["Cell", "Row"]]]
 
 
@@ -38,6 +45,7 @@ def words_of(row: Row, base: Row | None) -> tuple[str, ...]:
         flops_text(row.flops),
         "" if alone or base is None else _ratio(row.flops, base.flops),
         _number(row.seconds),
+        _number(row.speed, 2) + ("" if math.isnan(row.speed) else "x"),
         _number(row.visual_tokens, 1) + kept,
     )
 
@@ -65,18 +73,14 @@ def render_sweep(rows: Rows) -> RenderableType:
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0), title_justify="left")
         table.title = Text(group.title, style="bold")
         words = [words_of(row, _base(found)) for _, row in found]
-        known = [i for i in range(len(HEAD)) if any(line[i] not in ("", "-") for line in words)]
+        columns = [HEAD.index(name) for name in NARROW]
+        known = [i for i in columns if any(line[i] not in ("", "-") for line in words)]
         for i in known:
             table.add_column(HEAD[i], justify="right" if i else "left", no_wrap=True)
         for line in words:
             table.add_row(*(line[i] for i in known))
         lines += [table, Text()]
-    told = (
-        "score: mean and half of its 95% interval; of unpruned: as a share of the unpruned run's;\n"
-        "agrees: answer tokens equal to the unpruned run's; FLOPs, seconds: per sample;\n"
-        "visual tokens: mean over layers and steps"
-    )
-    return Lines(*lines, Text(told, style="dim")) if lines else Text("nothing is finished yet")
+    return Lines(*lines, Text(" ".join(TOLD), style="dim")) if lines else Text("nothing is finished yet")
 
 
 def write_tables(rows: Rows, folder: Path) -> tuple[Path, ...]:
@@ -89,10 +93,11 @@ def write_tables(rows: Rows, folder: Path) -> tuple[Path, ...]:
         text += [f"**{group.title}**", "", "| " + " | ".join(HEAD) + " |", "|---|" + "---:|" * (len(HEAD) - 1)]
         text += ["| " + " | ".join(words_of(row, _base(found))) + " |" for _, row in found]
         text.append("")
-    markdown.write_text("\n".join(text), encoding="utf-8")
+    markdown.write_text("\n".join([*text, " ".join(TOLD), ""]), encoding="utf-8")
     with open(values, "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        fields = ("n", "score", "score_half_width", "agreement", "seconds", "flops", "visual_tokens", "retention")
+        measured = ("seconds", "speed", "flops", "visual_tokens", "retention")
+        fields = ("n", "score", "score_half_width", "agreement", *measured)
         out.writerow(["backbone", "data", "seed", "recipe", "dials", *fields, "trace"])
         for group, found in rows.items():
             for cell, row in found:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from probe.backbones import backbones, facts_of, known_backbones, load, visual_count
 from probe.backbones import checkpoint as files
+from probe.backbones.tiny import write_tiny
 from probe.errors import ProbeError
 
 
@@ -202,3 +203,32 @@ def test_an_installed_adapter_is_found(checkpoint, monkeypatch):
     backbones.register(lambda: Adapter, name="rival", accepts=lambda config: True)
     with pytest.raises(ProbeError, match="claimed by several backbones: other, rival"):
         load(folder)
+
+
+PICTURES = [(120, 80), (64, 200)]
+OPTIONS = [
+    ("rp-yu/Dimple-7B", {"max_pixels": 4096}),
+    ("rp-yu/Dimple-7B", {"min_pixels": 20000, "max_pixels": 30000}),
+    ("rp-yu/Dimple-7B", {"pixels": "evaluation"}),
+    ("Qwen/Qwen2.5-VL-7B-Instruct", {"max_pixels": 2048, "attention": "eager"}),
+    ("jacklishufan/lavida-dream-v1.0-instruct", {"pool": "none"}),
+    ("jacklishufan/lavida-llada-v1.0-instruct", {"several": "list", "pool": "average"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+@pytest.mark.parametrize("sizes", [PICTURES[:1], PICTURES])
+def test_counts_heed_options_of_loading(name, options, sizes, tmp_path, picture):
+    folder = write_tiny(name, tmp_path / "model")
+    prompt = load(folder, **options).encode([picture(*size) for size in sizes], "What is it?")
+    assert visual_count(folder, sizes, **options) == prompt.n_visual
+
+
+def test_options_decide_counts_of_published_models():
+    assert visual_count("rp-yu/Dimple-7B", [(640, 480)], max_pixels=112896) == 130
+    assert visual_count("rp-yu/Dimple-7B", [(640, 480)]) == 391
+
+
+def test_an_option_that_nobody_has_is_an_error(small):
+    with pytest.raises(ProbeError, match="not loaded with a setting called 'max_pixel'"):
+        load(small, max_pixel=3)

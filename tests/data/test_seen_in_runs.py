@@ -64,6 +64,31 @@ def test_a_sample_of_several(seen: str, tiny: LladaV, tmp_path: Path) -> None:
         assert y1 - (y1 - y0) * 0.12 <= own[:, 3].max() <= y1 + 1e-5
 
 
+ENCODER = """
+schema: 1
+name: halve
+generate: {gen_length: 2, steps: 2}
+probes:
+  - {at: {site: encoder.output}, score: norm, select: {top_k: {keep: 0.5}}, do: drop}
+"""
+
+
+@pytest.mark.parametrize("seen", ["images", "frames"])
+def test_patches_of_several_lie_on_the_sheet(seen: str, tiny: LladaV, tmp_path: Path) -> None:
+    shown = pictures(SIZES)
+    sample = Sample("s", shown if seen == "images" else (), "?", frames=shown if seen == "frames" else ())
+    result = probe.run(probe.parse_recipe(ENCODER), backbone=tiny, samples=[sample], out=tmp_path)
+    assert not result.failed
+    with probe.open(result.trace) as trace:
+        box, view = trace.row("patch_box", 0), trace.row("patch_view", 0)
+    assert np.unique(view).tolist() == list(range(len(SIZES)))
+    views = tiny.views(shown, clip=seen == "frames")
+    for i, place in enumerate(sheet_places(SIZES)[1]):
+        low, span = np.array(place[:2]), np.array(place[2:]) - np.array(place[:2])
+        corners = views.box[i].numpy().reshape(-1, 2, 2)  # of each patch, as shares of its own picture
+        np.testing.assert_allclose(box[view == i].reshape(-1, 2, 2), low + corners * span, atol=1e-5)
+
+
 def test_the_command_line_takes_several_pictures_or_a_clip(tmp_path: Path) -> None:
     app = load_cli().app
     (tmp_path / "clip").mkdir()

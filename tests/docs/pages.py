@@ -124,6 +124,8 @@ def command(line: str, *, short: bool) -> Printed:
     words = shlex.split(line, comments=True)[1:]
     if short and words[:1] == ["run"]:
         words = shortened(words)
+    if short and words[:1] == ["sweep"] and "--plan" not in words:
+        words = [*words, "--limit", "1"]
     if short and words[:1] in (["budget"], ["calibrate"]):
         words = shortened_tools(words)
     cli = load_cli()

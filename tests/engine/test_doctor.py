@@ -357,3 +357,12 @@ def test_what_hooks_need_is_what_layer_modules_hold() -> None:
     layer = LayerModules(**{name: torch.nn.Identity() for name in parts})
     assert set(modules_of(layer)) == set(parts)
     assert SLOTS > 1
+
+
+@pytest.mark.parametrize("seed", [2, 5])
+def test_rounding_that_grows_with_every_pass_is_no_fault(seed: int, tmp_path: Path) -> None:
+    """DiffusionGemma is told what it expected; in float32 later passes differ more than two runs of others would."""
+    name = next(n for n in tiny_names() if "diffusiongemma" in n)
+    folder = write_tiny(name, tmp_path / "model", layers=5, seed=seed)
+    found = doctor.examine(patient_of(folder, dtype="float32"), ("cache", "batch", "drop", "withdraw"))
+    assert {f.name: f.detail for f in found if f.status != "pass"} == {}

@@ -1,4 +1,4 @@
-"""What a sweep consists of: combinations, their names, whose settings count, and faults that are said with their place."""
+"""What a sweep consists of: combinations, their names, whose settings count; faults are said with their place."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ WRONG = {
     "an unknown recipe": ("prune/random", "prune/randm", "prune/random"),
     "an unknown key": ("backbones: [", "backbone: [", "backbones"),
     "a dial of none": ("keep: [", "kepe: [", "did you mean `keep`"),
-    "a dial that the entry has not": ("dial: {layer: [2, 3]}", "dial: {keep: [2, 3]}", "`prune/vtw` has no dial `keep`"),
+    "a dial that the entry has not": ("{layer: [2, 3]}", "{keep: [2, 3]}", "`prune/vtw` has no dial `keep`"),
     "no value": ("keep: [50%, 0.25]", "keep: []", "empty"),
     "a mapping of values": ("keep: [50%, 0.25]", "keep: {a: 1}", "list of values"),
     "a backbone that is not listed": ("backbones: miniature}", "backbones: mini}", "not among the sweep's backbones"),

@@ -58,7 +58,6 @@ def test_a_judge_reply_gives_its_score(case: Any) -> None:
     assert judge_score(case[2]["reply"]) == case[2]["expected"]["score"]
 
 
-
 @pytest.mark.cases("metrics", lambda folder: [("files", folder)])
 def test_every_file_of_the_set_is_read_by_a_test(case: Path) -> None:
     assert {path.stem for path in case.glob("*.json")} <= {*OURS, *OTHERS}
