@@ -1,7 +1,7 @@
 """The command line: parses, calls `probe.*`, prints.
 
-Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones, sweeps and traces, and
-those for people who write pruners, stand in `probe/cli_backbones.py`, `cli_sweep.py`, `cli_traces.py`, `cli_tools.py`.
+Nothing is computed here, and nothing heavy is imported for --help. Commands about backbones, sweeps, traces and the
+study's tables, and those for people who write pruners, stand in the files `probe/cli_*.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from probe import cli_backbones, cli_sweep, cli_tools, cli_traces
+from probe import cli_backbones, cli_study, cli_sweep, cli_tools, cli_traces
 from probe.cli_common import (
     BackboneOption,
     PluginOption,
@@ -47,14 +47,15 @@ def run(
     recipe: RecipeArgument,
     backbone: BackboneOption = None,
     data: Annotated[
-        str | None, typer.Option(help="A task (see `probe backbones`) or a JSONL file of your own.")
+        str | None,
+        typer.Option(help="A task (`probe backbones`), a JSONL file, a folder of pictures with --ask, a Hub data set."),
     ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture of your own, with --ask; give it again for more pictures.")
     ] = None,
     video: Annotated[Path | None, typer.Option(help="A video file, or a folder of frames, with --ask.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="How many frames of --video, evenly spread.")] = 32,
-    ask: Annotated[str | None, typer.Option(help="The question about --image or --video.")] = None,
+    ask: Annotated[str | None, typer.Option(help="The question about --image, --video or a folder.")] = None,
     sets: SetOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random choice; default: the recipe's.")] = None,
@@ -77,13 +78,16 @@ def run(
     from probe.stopping import Stopped
 
     code = load_plugins(plugin or [])
-    loaded = recipe_of(recipe, sets, backbone=backbone, data=data, own_samples=bool(image or video or data))
+    loaded = recipe_of(recipe, sets, backbone=backbone, data=data, ask=ask, own_samples=bool(image or video or data))
     samples = None
-    if bool(image or video) != (ask is not None):
+    seen = bool(image or video)
+    if seen and data:
+        raise ProbeError("--image (or --video) and --data cannot stand together; give one of them")
+    if seen != (ask is not None) and not data:
         raise ProbeError("--image (or --video) and --ask belong together: what is seen, and the question about it")
     if image and video:
         raise ProbeError("--image and --video cannot stand together; give one of them")
-    if ask is not None:
+    if ask is not None and seen:
         from probe.data import from_images, from_video
 
         samples = [from_images(image, ask) if image else from_video(cast(Path, video), ask, frames)]
@@ -163,6 +167,7 @@ app.command()(cli_sweep.sweep)
 app.add_typer(cli_tools.app)
 app.add_typer(cli_backbones.app)
 app.add_typer(cli_traces.app)
+app.add_typer(cli_study.app)
 
 
 class _Display:

@@ -19,6 +19,7 @@ from probe.backbones import load
 from probe.backbones.base import Backbone
 from probe.calibrate import merges_for
 from probe.compile import compile_recipe
+from probe.data import named
 from probe.errors import ProbeError
 from probe.recipe import Recipe, load_recipe, shipped_recipes
 from probe.registry import operations
@@ -125,8 +126,7 @@ def measure(
             try:
                 told, remark = at_budget(recipe, keep, model.facts) if bare is not None else (recipe, "")
                 if data is not None:
-                    source = {"file": data} if data.endswith((".jsonl", ".json")) else {"task": data}
-                    told = told.replace(data=source)
+                    told = told.replace(data=named(data))
                 found = _measured(told, model, samples, folder / label)
             except ProbeError as error:
                 if bare is None:

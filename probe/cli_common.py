@@ -58,25 +58,28 @@ def recipe_of(
     *,
     backbone: str | None = None,
     data: str | None = None,
+    ask: str | None = None,
     own_samples: bool = False,
 ) -> Recipe:
     """The recipe of a file, of a shipped name or of a trace, with what the command line changes of it."""
     from probe.recipe import load_recipe, parse_recipe
 
     overrides = list(sets or ())
+    at_once = overrides if data is None else []  # what is set about the data is about --data, so that comes first
     if recipe.endswith((".h5", ".h5.partial")):
         from probe.trace import open_trace
 
         with open_trace(Path(recipe)) as trace:
             if trace.header.extra.get("own_samples") and not own_samples:
                 raise ProbeError(f"{recipe} is of a picture and a question of your own; give --image and --ask again")
-            loaded = parse_recipe(trace.header.recipe_yaml, source=recipe, sets=overrides)
+            loaded = parse_recipe(trace.header.recipe_yaml, source=recipe, sets=at_once)
     else:
-        loaded = load_recipe(recipe, overrides)
+        loaded = load_recipe(recipe, at_once)
     if backbone is not None:
         loaded = loaded.model_copy(update={"backbone": backbone})
     if data is not None:
-        is_file = data.endswith((".jsonl", ".json")) or Path(data).exists()
-        source = {"task": None, "file": data} if is_file else {"task": data, "file": None}
-        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=source)})
+        from probe.data import named
+
+        kept = {} if loaded.data.limit is None else {"limit": loaded.data.limit}
+        loaded = loaded.replace(data={**named(data, ask), **kept}).with_sets(overrides)
     return loaded

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from probe.closed_forms import pruned
 from probe.compile import BoundProbe, ProbeTable
 from probe.cost import DecoderDims
 from probe.decide import decide
@@ -42,7 +43,8 @@ class Setting:
 @dataclass(frozen=True)
 class Forecast:
     """`tokens (step, layer)`: visual tokens in the layer's attention. `flops`: share of the unpruned run's, in the
-    decoder and its head, without scoring; None where it is not known. `unsure`: by probe, why its count is a guess.
+    decoder and its head, without scoring; `closed_form`: the same by the study's equation (8), which takes the rows of
+    a pass for its keys; None where they are not known. `unsure`: by probe, why its count is a guess.
     """
 
     setting: Setting
@@ -50,6 +52,7 @@ class Forecast:
     flops: float | None
     unsure: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
+    closed_form: float | None = None
 
     @property
     def shares(self) -> np.ndarray:
@@ -215,11 +218,22 @@ def forecast(table: ProbeTable, facts: ModelFacts, setting: Setting, dims: Decod
     """What a compiled recipe will leave on a model; with `dims` also what it will cost beside the unpruned run."""
     foreseeing = _Foreseeing(table, facts, setting)
     seen, rows, mlp = foreseeing.run()
-    ratio = None
+    ratio = closed = None
     if dims is not None and setting.cache in ("none", "prefix"):
         whole = np.full_like(seen, setting.visual)
         ratio = _flops(dims, setting, rows, mlp) / _flops(dims, setting, whole, whole)
-    return Forecast(setting, seen, ratio, foreseeing.unsure, _limits(table, setting))
+        closed = _closed(dims, setting, rows) / _closed(dims, setting, whole)
+    return Forecast(setting, seen, ratio, foreseeing.unsure, _limits(table, setting), closed)
+
+
+def _closed(dims: DecoderDims, setting: Setting, rows: np.ndarray) -> int:
+    """The study's equation (8), layer by layer: the tokens of a pass are those that it computes."""
+    prompt = [setting.cache == "none" or step == 0 for step in range(setting.steps)]
+    active = [
+        [setting.slots + (setting.text + int(n) if whole else 0) for n in step]
+        for step, whole in zip(rows, prompt, strict=True)
+    ]
+    return pruned(active, dims.width, dims.mlp)
 
 
 def _flops(dims: DecoderDims, setting: Setting, rows: np.ndarray, mlp: np.ndarray) -> int:

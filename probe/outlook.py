@@ -57,9 +57,10 @@ def setting_of(
 def _longest(recipe: Recipe) -> data.Sample | None:
     """Of the data's first samples the one with the most steps; None if it cannot be read (`probe run` says why)."""
     try:
-        if recipe.data.file is not None:
-            return next(data.from_jsonl(recipe.data.file), None)
-        samples = list(islice(data.load(recipe.data.source, LOOKED_AT), LOOKED_AT))
+        if recipe.data.hub is not None or recipe.data.lmms_eval is not None:
+            return None  # a look must not fetch anything
+        few = recipe.data.model_copy(update={"limit": LOOKED_AT})
+        samples = list(islice(data.samples(few), LOOKED_AT))
     except ProbeError:
         return None
-    return max(samples, key=lambda s: s.generate.get("steps", 0))
+    return max(samples, key=lambda s: s.generate.get("steps", 0), default=None)

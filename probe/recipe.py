@@ -28,9 +28,10 @@ from pydantic import (
 
 from probe.errors import ProbeError
 from probe.recipe_at import Layers, Steps
+from probe.recipe_data import Data
 from probe.recipe_dials import apply_sets, substitute
 from probe.recipe_files import RecipeInfo, expand, find_recipe, read_bytes, recipe_folder, shipped_recipes
-from probe.recipe_parts import AXES, At, Data, Generate, Part, ProbeSpec, Run, Trace
+from probe.recipe_parts import AXES, At, Generate, Part, ProbeSpec, Run, Trace
 from probe.recipe_sweep import Sweep
 from probe.recipe_words import Wrong, describe, first_fault, short
 from probe.recipe_yaml import Document, KeyPath, dump_yaml, read_yaml

@@ -137,25 +137,6 @@ class ProbeSpec(Section):
         return self
 
 
-class Data(Section):
-    """What the backbone reads: a task, or a file of the user's own."""
-
-    task: str | None = None
-    file: str | None = None
-    limit: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _task_or_file(self) -> Self:
-        if self.task is not None and self.file is not None:
-            raise Wrong("names both a `task` and a `file`; keep one of them", "file")
-        return self
-
-    @property
-    def source(self) -> str:
-        """The task (`world/mixed` when nothing was said) or the file."""
-        return self.file or self.task or "world/mixed"
-
-
 MOST_STEPS = 65_536
 """No answer is longer, and none takes more steps: larger numbers are slips that would fill memory or never end."""
 

@@ -76,7 +76,9 @@ def open_writer(
 ) -> TraceWriter:
     """A trace for one side of a run, with all that tells how it came about."""
     weights = next(backbone.parameters())
-    packages = ("torch", "transformers", "nnsight", "h5py", "numpy")
+    packages = ["torch", "transformers", "nnsight", "h5py", "numpy"]
+    if recipe.data.lmms_eval is not None:
+        packages.append("lmms-eval")
     records = any(p.records for p in table.probes)
     header = TraceHeader(
         recipe_name=recipe.name,
@@ -104,7 +106,6 @@ def open_writer(
 
 def record_of(sample: data.Sample, number: int, result: Generated, *, pictures: bool) -> SampleRecord:
     """A finished sample, scored."""
-    known = bool(sample.answers and sample.metric)
     return SampleRecord(
         sample=number,
         sample_id=sample.id,
@@ -113,10 +114,18 @@ def record_of(sample: data.Sample, number: int, result: Generated, *, pictures: 
         references=tuple(sample.answers),
         prediction=result.text,
         metric=sample.metric,
-        score=float(data.METRICS[sample.metric](result.text, sample.answers)) if known else np.nan,
+        score=_score(sample, result.text),
         arrays=result.arrays,
         picture=_png(sample) if pictures and sample.pictures else None,
     )
+
+
+def _score(sample: data.Sample, text: str) -> float:
+    """From 0 to 1; NaN where there is nothing to compare with."""
+    if sample.judge is not None:
+        return float(sample.judge(text))
+    known = sample.answers and sample.metric in data.METRICS
+    return float(data.METRICS[sample.metric](text, sample.answers)) if known else np.nan
 
 
 def failure_of(sample: data.Sample | ProbeError, number: int, reason: str) -> SampleRecord:

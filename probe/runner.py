@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from probe import data
+from probe import data, lmms_settings
 from probe.assemble import StepLogits, recorded_variables
 from probe.backbones import load
 from probe.backbones.base import Backbone, Prompt
@@ -39,9 +39,6 @@ from probe.stopping import Stopped, Stopping
 from probe.summary import Row, count_failed, summarise
 from probe.timing import PHASES, Stopwatch
 from probe.views.picture import draw_run
-
-DEFAULT_LIMIT = 24
-"""Samples of a task when neither the recipe nor the command says how many: tasks have no end."""
 
 OnProgress = Callable[["Progress"], None]
 
@@ -87,16 +84,14 @@ class _Side:
         return [record for probe in self.table.probes for record in probe.records]
 
 
-def samples_of(recipe: Recipe) -> Iterator[data.Sample | ProbeError]:
-    """The recipe's samples; one that cannot be read is yielded as its error, and reading goes on.
+def samples_of(recipe: Recipe, backbone: str = "") -> Iterator[data.Sample | ProbeError]:
+    """The recipe's samples, for the backbone of this name.
 
-    What concerns all of them (no such task, no such file, a wrong line in it) raises `ProbeError` at once.
+    One that cannot be read is yielded as its error, and reading goes on. What concerns all of them (no such task, no
+    such file, a wrong line in it) raises `ProbeError` at once.
     """
-    limit = recipe.data.limit
-    if recipe.data.file is not None:
-        return _reading(data.from_jsonl(recipe.data.file), limit)
-    limit = DEFAULT_LIMIT if limit is None else limit
-    return _reading(data.load(recipe.data.source, limit), limit)
+    limit = None if recipe.data.lmms_eval is not None else recipe.data.limit  # which counts in each of a task's parts
+    return _reading(data.samples(recipe.data, backbone), limit)
 
 
 def _reading(source: Iterator[data.Sample], limit: int | None) -> Iterator[data.Sample | ProbeError]:
@@ -115,7 +110,7 @@ def run(
     recipe: Recipe,
     *,
     backbone: Backbone | None = None,
-    samples: Sequence[data.Sample] | None = None,
+    samples: Sequence[data.Sample | ProbeError] | None = None,
     out: str | Path | None = None,
     limit: int | None = None,
     seed: int | None = None,
@@ -143,13 +138,17 @@ def run(
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"limit": limit})})
     seed, limit = recipe.generate.seed, recipe.data.limit
     backbone = backbone or load(recipe.backbone, device=pick_device(device), dtype=dtype, **recipe.load)
+    of_harness = recipe.data.lmms_eval is not None
+    if of_harness:  # likewise: how long an answer is and how many steps it takes
+        recipe = lmms_settings.with_settings(recipe, backbone.source)
     table = compile_recipe(recipe, backbone.facts)
     intervenes = any(p.edit is not None for p in table.probes)
     with_baseline = intervenes and (recipe.run.baseline if baseline is None else baseline)
     records = any(p.records for p in table.probes) or bool(code_probes)
     timed = recipe.run.time if timed is None else timed
-    source: Iterator[data.Sample | ProbeError] = iter(samples[:limit]) if samples is not None else samples_of(recipe)
-    total = len(samples[:limit]) if samples is not None else limit
+    given = None if samples is None else samples[:limit]
+    source = samples_of(recipe, backbone.source) if given is None else iter(given)
+    total = len(given) if given is not None else limit
     # whatever concerns every sample is said before a file is made
     opening = next(source, None)
     if opening is None:
@@ -194,7 +193,7 @@ def run(
                     command=command,
                     code_probes=code_probes,
                     resume=resume,
-                    own_samples=samples is not None,
+                    own_samples=samples is not None and not of_harness,
                 )
             )
             for s in sides
@@ -239,6 +238,8 @@ def run(
                     writer.write(record)
     if unreached:
         notes.append(f"{unreached} of {count} samples ended before an intervention's first step (trace: `unreached`)")
+    if of_harness and samples is None and shard is None:
+        notes += [_scored_by_harness(s) for s in sides]
     rows = summarise([s.path for s in sides], [s.label for s in sides])
     failed = count_failed(sides[-1].path)
     notes += failure_notes(failures, failed)
@@ -256,6 +257,13 @@ def run(
         picture=_draw(sides, notes),
         notes=tuple(notes),
     )
+
+
+def _scored_by_harness(side: _Side) -> str:
+    """Let lmms-eval score a side's answers, all together; what it found, in a line."""
+    from probe import lmms_score
+
+    return lmms_score.note(side.label, lmms_score.score(side.path, side.recipe))
 
 
 def _draw(sides: Sequence[_Side], notes: list[str]) -> Path | None:

@@ -16,7 +16,9 @@ from typing import Any
 
 from probe.backbones import facts_of
 from probe.compile import compile_recipe
+from probe.data import named
 from probe.errors import ProbeError
+from probe.lmms_settings import with_settings
 from probe.recipe import Recipe, load_recipe
 from probe.recipe_sweep import MOST_CELLS, Entry, Sweep
 from probe.recipe_yaml import KeyPath
@@ -165,8 +167,9 @@ def is_done(unit: Unit, root: Path) -> bool:
 
 def _expected(unit: Unit) -> int | None:
     """How many samples a unit has; None where only reading the data tells."""
-    limit = unit.cell.recipe.data.limit
-    if limit is None or unit.cell.recipe.data.file is not None:
+    data = unit.cell.recipe.data
+    limit = data.limit
+    if limit is None or data.is_finite:
         return None
     index, count = unit.shard or (0, 1)
     return len(range(index, limit, count))
@@ -231,18 +234,17 @@ def sweep_values(recipe: Recipe, entry: Entry, dial: str) -> list[Any]:
 def _at(recipe: Recipe, base: Recipe, group: Group) -> Recipe:
     """A recipe on the group's backbone and data, with the sweep's own settings over its own."""
     own = base.written("data")
-    source = {"file": group.data} if _is_file(group.data) else {"task": group.data}
-    data = {k: v for k, v in own.items() if k not in ("task", "file")} | source
+    source = dict(named(group.data, own.get("ask")))
+    beside = {"limit", *(("config", "split", "columns", "metric") if "hub" in source else ())}
+    beside |= {"include_path"} if "lmms_eval" in source else set()
+    data = {k: v for k, v in own.items() if k in beside} | source
     generate = recipe.written("generate") | base.written("generate") | ({"seed": group.seed} if group.seed else {})
     changes: dict[str, Any] = {"backbone": group.backbone, "data": data, "generate": generate}
     for key in ("load", "trace", "run"):
         if base.written(key):
             changes[key] = recipe.written(key) | base.written(key)
-    return recipe.replace(**{k: v for k, v in changes.items() if v})
-
-
-def _is_file(data: str) -> bool:
-    return data.endswith((".jsonl", ".json")) or Path(data).exists()
+    made = recipe.replace(**{k: v for k, v in changes.items() if v})
+    return with_settings(made, group.backbone)  # as a run would, so that its trace is known by its hash
 
 
 def _word(value: Any) -> str:

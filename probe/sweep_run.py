@@ -209,6 +209,10 @@ def _join(cells: Sequence[Cell], shards: int, root: Path) -> None:
             continue
         try:
             merge(parts, whole, overwrite=whole.exists())
+            if cell.recipe.data.lmms_eval is not None:  # which scores whole benchmarks, no shards
+                from probe.lmms_score import score
+
+                score(whole, cell.recipe)
         except ProbeError as error:
             if not isinstance(error.__cause__, Busy) and not whole.exists():  # else another process is merging it
                 raise

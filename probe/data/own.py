@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from probe.data.metrics import METRICS
+from probe.data.metrics import METRICS, unfit
 from probe.data.pictures import is_file, open_image, shown
 from probe.data.sample import Sample
 from probe.data.video import FRAMES, read_clip
@@ -118,6 +118,8 @@ def _checked(line: str, where: str, folder: Path, number: str) -> dict[str, Any]
         raise ProbeError(f"{where}: no metric is called `{metric}`; {nearest(str(metric), list(METRICS))}")
     if metric and not answers:
         raise ProbeError(f"{where}: the metric `{metric}` needs an `answer` to compare with")
+    if wrong := unfit(metric, answers):
+        raise ProbeError(f"{where}: {wrong}")
     paths = [folder / path for path in row[seen]] if isinstance(row[seen], list) else [folder / row[seen]]
     what = "video" if seen == "video" else "picture"
     for path in paths:

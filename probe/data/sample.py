@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -21,7 +21,8 @@ class Sample:
     ``answers`` are the accepted references, best one counts; empty when none is known. ``metric`` is a name
     in ``probe.data.METRICS``, or empty when there is nothing to compare with. ``generate`` holds what the
     task suggests for ``gen_length``, ``steps`` and ``block_length`` (tokens, denoising steps, tokens); a
-    recipe may say otherwise.
+    recipe may say otherwise. ``judge`` scores a prediction where somebody else's rule counts, in place of ``metric``,
+    which then only names it.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Sample:
     task: str = "own"
     generate: Mapping[str, int] = field(default_factory=dict)
     frames: tuple[Image.Image, ...] = ()
+    judge: Callable[[str], float] | None = None
 
     @property
     def pictures(self) -> tuple[Image.Image, ...]:

@@ -30,7 +30,8 @@ def render(found: Forecast) -> str:
         rows.append(
             (
                 "FLOPs",
-                f"{found.flops:.0%} of the unpruned run's, in the decoder and its head, without what scoring costs",
+                f"{found.flops:.0%} of the unpruned run's, in the decoder and its head, without what scoring costs"
+                + ("" if found.closed_form is None else f"; {found.closed_form:.0%} by the study's equation (8)"),
             )
         )
     else:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from probe.data.metrics import METRICS, agreement, edit_similarity, exact_match, token_accuracy
+from probe.data.metrics import (
+    FEWEST_VOTES,
+    METRICS,
+    agreement,
+    edit_similarity,
+    exact_match,
+    token_accuracy,
+    unfit,
+    word_f1,
+)
 
 
 def test_exact_match_forgives_case_blanks_and_one_full_stop() -> None:
@@ -52,8 +61,33 @@ def test_agreement_is_symmetric_and_counts_missing_tokens() -> None:
     assert agreement("", "red") == 0
 
 
+def test_word_f1_counts_words_in_any_order() -> None:
+    assert word_f1("star red", ["red star"]) == 1
+    assert word_f1("the red star", ["red star"]) == pytest.approx(2 * 2 / 5)
+    assert word_f1("red red", ["red"]) == pytest.approx(2 / 3)  # the second one has no partner
+    assert (word_f1("", [""]), word_f1("", ["red"])) == (1, 0)
+
+
+def _right(name: str) -> list[str]:
+    """References that a metric can use, the first of which is right."""
+    kinds = [["red circle"], ["B"], ["Yes"], ["red circle"] * FEWEST_VOTES]
+    return next(answers for answers in kinds if not unfit(name, answers))
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_is_one_for_the_answer_and_refuses_to_guess_without_one(name: str) -> None:
-    assert METRICS[name]("red circle", ["red circle"]) == 1
+    answers = _right(name)
+    said = f"Answer: {answers[0]}" if name.endswith("marker") else answers[0]
+    assert METRICS[name](said, answers) == 1
+    assert METRICS[name](f"  {said} ", answers) == 1
+    assert METRICS[name]("teapots", answers) == 0
     with pytest.raises(ValueError, match="reference"):
-        METRICS[name]("red circle", [])
+        METRICS[name](said, [])
+
+
+def test_references_under_which_nothing_could_be_right_are_named() -> None:
+    assert unfit("vqa_accuracy", ["red"] * (FEWEST_VOTES - 1))
+    assert METRICS["vqa_accuracy"]("red", ["red"] * (FEWEST_VOTES - 1)) < 1
+    assert METRICS["vqa_accuracy"]("red", ["red"] * FEWEST_VOTES) == 1
+    assert "letter" in unfit("option_letter", ["red"]) and not unfit("option_letter", ["C"])
+    assert "yes" in unfit("yes_no", ["maybe"]) and not unfit("yes_no", ["No"])

@@ -69,6 +69,13 @@ EXACTLY: dict[str, set[str]] = {
     "site": set(),
     "errors": set(),
     "cost": set(),
+    "closed_forms": set(),
+    "data.strings": set(),
+    "data.benchmarks": {"data.strings"},
+    "data.letters": {"data.strings"},
+    "data.vqa": {"data.strings"},
+    "data.totals": set(),
+    "data.metrics": {"data.benchmarks", "data.letters", "data.strings", "data.vqa"},
     "timing": set(),
     "attend": {"parallel"},
     "parallel": set(),
@@ -154,6 +161,8 @@ def test_each_library_has_its_place() -> None:
     assert users("yaml") == {"recipe_yaml"}
     assert users("typer") == COMMAND_LINE
     assert users("av") == {"data.video"}
+    assert users("datasets") == {"data.hub"}
+    assert users("lmms_eval") == {"data.harness", "lmms", "lmms_adapter", "lmms_score"}
     assert all(n == "attend" or n.startswith(("backbones.", "zoo.")) for n in users("transformers"))
 
 

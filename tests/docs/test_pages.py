@@ -13,7 +13,9 @@ from typer.main import get_command
 from probe.__main__ import load_cli
 
 DOCS = pages.REPO / "docs"
-NAMES = ("start", "python", "pruners", "decoding", "backbones", "adapter", "architecture", "sweeps")
+NAMES = (
+    "start", "data", "study", "python", "pruners", "decoding", "backbones", "adapter", "architecture", "sweeps",
+)  # fmt: skip
 OURS = [pages.REPO / "README.md", *(DOCS / f"{name}.md" for name in NAMES)]
 ALL = [pages.REPO / "README.md", *sorted(DOCS.glob("*.md"))]
 OTHERS = [page for page in ALL if page not in OURS]  # their recipes and outputs have tests of their own
