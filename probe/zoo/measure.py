@@ -63,6 +63,13 @@ def scores_of(backbone: Backbone, samples: list[Sample], batch: int) -> np.ndarr
     return np.asarray(rows, float)
 
 
+def mean_scores(folder: Path, count: int) -> dict[str, float]:
+    """Mean score of each embedded task over ``count`` reserved samples, by its own metric, unpruned."""
+    backbone = load(folder)
+    names = (t for t in tasks() if t not in MIXTURES)
+    return {n: float(scores_of(backbone, list(samples_of(n, count)), 16)[:, 0].mean()) for n in names}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m probe.zoo.measure", description=__doc__)
