@@ -125,7 +125,7 @@ KINDS: dict[str, Kind] = {
         distil.clip_from, 1e-3,
     ),
     "adapted": Kind(
-        CHATML, qwen2_config, export_lavida, Plan.adapted, 1_000, 1.5e-3, 1e-3, 6_000, 1_000, 30,
+        CHATML, qwen2_config, export_lavida, Plan.adapted, 1_000, 1.5e-3, 1e-3, 6_000, 1_000, 18,
         distil.fine_from, 3e-3,
     ),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ SIDE = TILE // PATCH  # patches per side of a view
 PATCHES = SIDE * SIDE
 VIEWS = 5  # the whole picture squashed to one tile, then four tiles row by row
 VISUAL_WORDS = {word: i for i, word in enumerate((*COLOURS, *SHAPES, *LETTERS))}
-Tower = SiglipVisionModel | CLIPVisionModel
+Tower: TypeAlias = "SiglipVisionModel | CLIPVisionModel"
 _LEAST_OVERLAP = 18  # pixels of a patch (of 64) that a thing must cover to be the patch's thing
 
 
