@@ -46,7 +46,7 @@ class Size:
 
 
 SMOKE = Size(
-    pictures=24, tower_width=32, tower_layers=1, tower_steps=12, tower_batch=9, hidden=32, layers=2, heads=2,
+    pictures=24, tower_width=32, tower_layers=1, tower_steps=6, tower_batch=9, hidden=32, layers=2, heads=2,
     mlp=64, images=4, short_groups=2, long_groups=1, compiled=False,
 )  # fmt: skip
 

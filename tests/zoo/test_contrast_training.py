@@ -188,7 +188,6 @@ def test_plans_say_who_sees_what() -> None:
     assert {p.long for p in late if p.apart} == {p.long for p in late if not p.apart} == {True, False}
 
 
-@pytest.mark.slow
 def test_the_command_trains_one_and_adapts_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "ar", tmp_path / "adapted"
     few = ["--smoke", "--evaluate", "1"]
