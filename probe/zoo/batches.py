@@ -131,9 +131,9 @@ class Maker:
 
     def _short(self, picture: Picture, groups: int) -> list[tuple[list[int], list[int]]]:
         tasks = short_tasks(picture.kind)
-        chosen: list[tuple[str, Item]] = [
-            (tasks[t % len(tasks)], picture.items[i]) for t, i in enumerate(self._integers(len(picture.items), groups))
-        ]
+        first = self._integers(len(tasks), 1)[0]  # else a picture with one question would always have the same
+        about = [picture.items[i] for i in self._integers(len(picture.items), groups)]
+        chosen: list[tuple[str, Item]] = [(tasks[(first + t) % len(tasks)], item) for t, item in enumerate(about)]
         questions = [ask(picture, task, item) for task, item in chosen]
         return [
             (self.prompts.question(q.text, self._suffix()), self.prompts.answer(q.answer, SHORT_ANSWER))

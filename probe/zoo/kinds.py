@@ -89,8 +89,9 @@ class Plan:
     @staticmethod
     def adapted(step: int, progress: float, size: Size) -> Plan:
         """Packed, then one question per sequence: everything sees everything, or the prompt only itself, in turns."""
-        packed, long = progress < ADAPTED_PACKED_UNTIL, step % 4 != 0
-        apart = not packed and step // 4 % 2 == 1
+        packed = progress < ADAPTED_PACKED_UNTIL
+        long = step % 4 != 0 if packed else step % 2 == 1
+        apart = not packed and step // 2 % 2 == 1
         groups = (size.long_groups if long else size.short_groups) if packed else 1
         images = size.images if packed else 3 * size.images // 2
         return Plan(packed or apart, long, images, groups, 0.6 if long else 0.5, 0.1, apart=apart)

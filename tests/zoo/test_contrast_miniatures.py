@@ -82,8 +82,8 @@ def test_both_read_the_same_prompt() -> None:
 
 
 FLOORS = {
-    "miniature-ar": {"short": 0.0, "read_words": 0.0, "read_codes": 0.0, "describe": 0.0},
-    "miniature-adapted": {"short": 0.0, "read_words": 0.0, "read_codes": 0.0, "describe": 0.0},
+    "miniature-ar": {"short": 0.85, "read_words": 0.97, "read_codes": 0.95, "describe": 0.95},
+    "miniature-adapted": {"short": 0.85, "read_words": 0.97, "read_codes": 0.95, "describe": 0.95},
 }
 """Well under the measured means (docs/miniature.md), so that a broken path shows and chance does not."""
 WAYS = [("miniature-ar", None), ("miniature-adapted", "none"), ("miniature-adapted", "prefix")]

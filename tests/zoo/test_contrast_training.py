@@ -179,6 +179,16 @@ def test_answers_end_once_and_are_padded(tmp_path: Path) -> None:
     assert batch.wanted.shape[-1] == LONG_ANSWER
 
 
+def test_one_question_about_a_picture_may_be_any(tmp_path: Path) -> None:
+    build(tmp_path)
+    prompts = Prompts(str(tmp_path))
+    pool = towers.render("scene", range(2))
+    shelf = Shelf(pool.pictures, torch.zeros(2, 5, 36, 4))
+    maker = Maker(prompts, {"scene": shelf}, torch.Generator().manual_seed(0))
+    asked = {prompts.text(row[0].tolist()).split()[1] for row in maker.draw(32, 1, False, 1.0, 0.0).questions}
+    assert asked == {"colour", "shape"}
+
+
 def test_plans_say_who_sees_what() -> None:
     size = Size()
     assert all(p.causal and p.packed for p in (Plan.autoregressive(k, k / 9, size) for k in range(9)))
