@@ -1,4 +1,4 @@
-"""Backbones by name, and `load`: a folder, a Hub id or `miniature` to a model behind the adapter contract.
+"""Backbones by name, and `load`: a folder, a Hub id or a miniature's name to a model behind the adapter contract.
 
 An adapter is a function registered in `backbones` that returns its class (imported only when needed), with
 `accepts(config)` to recognise a checkpoint by its `config.json`, and two answers that need no weights:
@@ -176,6 +176,8 @@ def load(
     **options: Any,
 ) -> Backbone:
     """Load a backbone: `miniature`, a folder with a checkpoint, or a Hub id such as `GSAI-ML/LLaDA-V`.
+
+    `miniature-ar` and `miniature-adapted` come with the package as well (docs/miniature.md).
 
     `dtype` is a torch type or its name; `auto` takes the stored one, except that float16 becomes float32 on
     a CPU. `attention` names an attention implementation (`sdpa`, `eager`, ...; None: the adapter's choice).

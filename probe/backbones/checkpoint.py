@@ -167,7 +167,7 @@ class Tensors:
 
 
 def resolve(name: str | Path, *, revision: str | None = None, weights: bool = True) -> Checkpoint:
-    """The checkpoint that a name means: `miniature`, a folder, or `owner/name` on the Hugging Face Hub.
+    """The checkpoint that a name means: one of `EMBEDDED`, a folder, or `owner/name` on the Hugging Face Hub.
 
     With `weights=False` only the small files are fetched from the Hub.
     """
@@ -263,5 +263,10 @@ def _listing(folder: Path) -> str:
     return _some(names, 8) if names else "nothing"
 
 
-EMBEDDED: dict[str, Path] = {"miniature": Path(__file__).resolve().parent.parent / "zoo" / "llada_v_mini"}
+_ZOO = Path(__file__).resolve().parent.parent / "zoo"
+EMBEDDED: dict[str, Path] = {
+    "miniature": _ZOO / "llada_v_mini",
+    "miniature-ar": _ZOO / "llava_next_mini",
+    "miniature-adapted": _ZOO / "lavida_dream_mini",
+}
 """Checkpoints that are installed with the package."""

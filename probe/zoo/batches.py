@@ -10,18 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from probe.zoo.tokenizer import (
-    BOS,
-    END_HEADER,
-    EOS,
-    EOT,
-    MASK,
-    START_HEADER,
-    SYSTEM_SENTENCE,
-)
+from probe.zoo.tokenizer import EOS, LLADA, PICTURE, SYSTEM_SENTENCE, Spelling
 from probe.zoo.world import Item, Picture, ask, short_tasks
 
 SHORT_ANSWER, LONG_ANSWER = 2, 48
@@ -33,12 +26,14 @@ class Prompts:
     tokenised by itself; the first token of the second piece, the newline, is dropped (a quirk of the
     published code)."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, spelling: Spelling = LLADA) -> None:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.spelling = spelling
         self._cache: dict[tuple[str, str], list[int]] = {}
-        self.opening = torch.tensor(self.pieces("", "/no_think")[0])
-        self.mask, self.eot, self.bos, self.eos = (self.id(t) for t in (MASK, EOT, BOS, EOS))
-        self.suppressed = [self.eos, self.bos, self.id(START_HEADER), self.id(END_HEADER)]
+        self.opening = torch.tensor(self.pieces("")[0])
+        self.mask, self.end, self.padding = (self.id(t) for t in (spelling.mask, spelling.end, spelling.padding))
+        self.bos, self.eos = self.id(spelling.bos), self.id(EOS)
+        self.suppressed = [self.id(t) for t in spelling.suppressed]
 
     def id(self, token: str) -> int:
         """The id of one token."""
@@ -46,34 +41,36 @@ class Prompts:
         assert isinstance(ids, list)
         return ids[0]
 
-    def pieces(self, question: str, suffix: str) -> tuple[list[int], list[int]]:
-        """Ids before and after the picture."""
+    def pieces(self, question: str, suffix: str | None = None) -> tuple[list[int], list[int]]:
+        """Ids before and after the picture; without a `suffix`, with the usual one."""
+        suffix = self.spelling.suffixes[0] if suffix is None else suffix
         messages = [
             {"role": "system", "content": SYSTEM_SENTENCE},
-            {"role": "user", "content": f"<image>\n{question} {suffix}"},
+            {"role": "user", "content": f"{PICTURE}\n{question} {suffix}".rstrip()},
         ]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        before, after = (self.tokenizer(p, add_special_tokens=False).input_ids for p in str(text).split("<image>"))
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, after = (self.tokenizer(p, add_special_tokens=False).input_ids for p in str(text).split(PICTURE))
         return before, after[1:]
 
-    def question(self, text: str, suffix: str = "/no_think") -> list[int]:
+    def question(self, text: str, suffix: str | None = None) -> list[int]:
         """Ids of everything between the picture and the answer."""
+        suffix = self.spelling.suffixes[0] if suffix is None else suffix
         key = (text, suffix)
         if key not in self._cache:
             self._cache[key] = self.pieces(text, suffix)[1]
         return self._cache[key]
 
     def answer(self, text: str, length: int) -> list[int]:
-        """Answer tokens, then end-of-turn up to ``length``."""
+        """Answer tokens, the end of the turn, then padding up to ``length``."""
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) > length:
             raise ValueError(f"an answer of {len(ids)} tokens does not fit {length}: {text!r}")
-        return ids + [self.eot] * (length - len(ids))
+        return [*ids, self.end, *[self.padding] * length][:length]
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer up to its end of turn."""
         ids = list(ids)
-        kept = ids[: ids.index(self.eot)] if self.eot in ids else ids
+        kept = ids[: ids.index(self.end)] if self.end in ids else ids
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
 
@@ -119,12 +116,13 @@ class Maker:
             features.append(shelf.features[i])
         asked = [self._long(p, groups) if long else self._short(p, groups) for p in pictures]
         wanted = torch.tensor([[a for _, a in rows] for rows in asked])
-        after_end = wanted.eq(self.prompts.eot).cumsum(-1) > 1
-        weight = torch.where(after_end, PADDING_WEIGHT, 1.0)
+        ended = wanted.eq(self.prompts.end).cumsum(-1) > 0
+        weight = torch.where(F.pad(ended[..., :-1], (1, 0)), PADDING_WEIGHT, 1.0)
         return Batch(torch.stack(features), torch.tensor([[q for q, _ in rows] for rows in asked]), wanted, weight)
 
     def _suffix(self) -> str:
-        return "/think" if self._uniform() < 0.1 else "/no_think"
+        usual, *others = self.prompts.spelling.suffixes
+        return others[0] if others and self._uniform() < 0.1 else usual
 
     def _long(self, picture: Picture, groups: int) -> list[tuple[list[int], list[int]]]:
         question = ask(picture, "describe" if picture.kind == "scene" else "read")
@@ -133,9 +131,9 @@ class Maker:
 
     def _short(self, picture: Picture, groups: int) -> list[tuple[list[int], list[int]]]:
         tasks = short_tasks(picture.kind)
-        chosen: list[tuple[str, Item]] = [
-            (tasks[t % len(tasks)], picture.items[i]) for t, i in enumerate(self._integers(len(picture.items), groups))
-        ]
+        first = self._integers(len(tasks), 1)[0]  # else a picture with one question would always have the same
+        about = [picture.items[i] for i in self._integers(len(picture.items), groups)]
+        chosen: list[tuple[str, Item]] = [(tasks[(first + t) % len(tasks)], item) for t, item in enumerate(about)]
         questions = [ask(picture, task, item) for task, item in chosen]
         return [
             (self.prompts.question(q.text, self._suffix()), self.prompts.answer(q.answer, SHORT_ANSWER))

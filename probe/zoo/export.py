@@ -1,4 +1,7 @@
-"""Writes the miniature as a checkpoint folder with the published LLaDA-V names and fields."""
+"""Writes a miniature as a checkpoint folder with its class's published names and fields: LLaDA-V's here.
+
+`write_folder` is common to the three classes; the fields of the other two are in `export_contrast`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, SiglipVisionConfig
 
 LONG_ANSWER = 48  # tokens: what the loop is asked for when neither a task nor a recipe says otherwise
+GENERATION = {"gen_length": LONG_ANSWER, "block_length": LONG_ANSWER, "steps": LONG_ANSWER // 2}
 TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 _PREFIXES = (("lm.", "model."), ("lm_head.", "lm_head."), ("projector.", "model.mm_projector."))
 
@@ -99,23 +103,31 @@ def vision_fields(tower: SiglipVisionConfig) -> dict[str, Any]:
     }
 
 
-def export(
-    folder: Path, model: Mapping[str, Tensor], tower: Mapping[str, Tensor], lm: LlamaConfig,
-    vision: SiglipVisionConfig, special: Mapping[str, int], tokenizer_folder: Path,
-) -> None:  # fmt: skip
-    """Write the folder; every file appears whole or not at all. Weights are stored in float16."""
+def write_folder(
+    folder: Path, weights: Mapping[str, Tensor], files: Mapping[str, Mapping[str, Any]], tokenizer_folder: Path
+) -> None:
+    """Weights in float16, JSON ``files`` by name, the tokenizer; the weights appear whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().to(torch.float16).contiguous() for k, v in published_names(model, tower).items()}
+    stored = {k: v.detach().to(torch.float16).contiguous() for k, v in weights.items()}
     partial = folder / "model.safetensors.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
+    save_file(stored, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # the writer makes it private
     os.replace(partial, folder / "model.safetensors")
-    for name, fields in (
-        ("config.json", language_fields(lm, vision, special)),
-        ("vision_config.json", vision_fields(vision)),
-        ("generation_config.json", {"gen_length": LONG_ANSWER, "block_length": LONG_ANSWER, "steps": LONG_ANSWER // 2}),
-    ):
+    for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer_folder / name).resolve() != (folder / name).resolve():
             shutil.copyfile(tokenizer_folder / name, folder / name)
+
+
+def export(
+    folder: Path, model: Mapping[str, Tensor], tower: Mapping[str, Tensor], lm: LlamaConfig,
+    vision: SiglipVisionConfig, special: Mapping[str, int], tokenizer_folder: Path,
+) -> None:  # fmt: skip
+    """Write a LLaDA-V."""
+    files = {
+        "config.json": language_fields(lm, vision, special),
+        "vision_config.json": vision_fields(vision),
+        "generation_config.json": GENERATION,
+    }
+    write_folder(folder, published_names(model, tower), files, tokenizer_folder)

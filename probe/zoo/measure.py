@@ -28,7 +28,6 @@ from probe.data.tasks import load as samples_of
 from probe.generate import generate
 from probe.generation import rule_for
 from probe.recipe import Recipe
-from probe.zoo import MINIATURE
 from probe.zoo.world import SIZE
 
 
@@ -47,40 +46,52 @@ def bootstrap(scores: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[f
     return float(low), float(high)
 
 
-def _answers(backbone: Backbone, samples: list[Sample], batch: int) -> Iterator[str]:
-    rule = rule_for(backbone, Recipe(schema=1, name="measure"), samples[0].generate, pictures=True)
+def _answers(backbone: Backbone, samples: list[Sample], batch: int, cache: str | None) -> Iterator[str]:
+    recipe = Recipe.model_validate({"schema": 1, "name": "measure", "generate": {"cache": cache} if cache else {}})
+    rule = rule_for(backbone, recipe, samples[0].generate, pictures=True)
     for k in range(0, len(samples), batch):
         prompts = [backbone.encode(s.images, s.question) for s in samples[k : k + batch]]
         yield from (g.text for g in generate(backbone, prompts, rule, ProbeTable(())))
 
 
-def scores_of(backbone: Backbone, samples: list[Sample], batch: int) -> np.ndarray:
-    """float64 (samples, 2): the score by the task's metric, and whether the answer is exactly right."""
+def scores_of(backbone: Backbone, samples: list[Sample], batch: int, cache: str | None = None) -> np.ndarray:
+    """float64 (samples, 2): the score by the task's metric, and whether the answer is exactly right.
+
+    ``cache`` is a caching policy (`none`, `prefix`); by default the backbone's own.
+    """
     rows = [
         (METRICS[s.metric](text, s.answers), METRICS["exact_match"](text, s.answers))
-        for s, text in zip(samples, _answers(backbone, samples, batch), strict=True)
+        for s, text in zip(samples, _answers(backbone, samples, batch, cache), strict=True)
     ]
     return np.asarray(rows, float)
+
+
+def mean_scores(folder: Path, count: int) -> dict[str, float]:
+    """Mean score of each embedded task over ``count`` reserved samples, by its own metric, unpruned."""
+    backbone = load(folder)
+    names = (t for t in tasks() if t not in MIXTURES)
+    return {n: float(scores_of(backbone, list(samples_of(n, count)), 16)[:, 0].mean()) for n in names}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m probe.zoo.measure", description=__doc__)
-    parser.add_argument("--model", default=str(MINIATURE), help="checkpoint folder (default: the shipped one)")
+    parser.add_argument("--model", default="miniature", help="a backbone's name, or a checkpoint folder")
+    parser.add_argument("--cache", help="caching policy, such as none or prefix (default: the backbone's own)")
     parser.add_argument("--count", type=int, default=256, help="reserved samples per task")
     parser.add_argument("--batch", type=int, default=16, help="samples per forward")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    backbone = load(Path(given.model))
+    backbone = load(given.model)
     print(f"| task | n | metric | score | 95 % interval | exactly right | empty picture |\n|{'---|' * 7}")
     for name in (t for t in tasks() if t not in MIXTURES):
         samples = list(samples_of(name, given.count))
-        scores = scores_of(backbone, samples, given.batch)
+        scores = scores_of(backbone, samples, given.batch, given.cache)
         short = samples[0].metric == "exact_match"
         low, high = wilson(int(scores[:, 0].sum()), len(scores)) if short else bootstrap(scores[:, 0])
         blank = [replace(s, images=(Image.new("RGB", (SIZE, SIZE), (128, 128, 128)),)) for s in samples[:64]]
-        guessed = scores_of(backbone, blank, given.batch)[:, 0].mean()
+        guessed = scores_of(backbone, blank, given.batch, given.cache)[:, 0].mean()
         print(
             f"| `{name}` | {len(scores)} | {samples[0].metric} | {scores[:, 0].mean():.3f} | {low:.3f} to {high:.3f} "
             f"| {scores[:, 1].mean():.3f} | {guessed:.3f} |",

@@ -1,10 +1,10 @@
-"""The miniature itself: transformers' ``LlamaModel`` without a causal mask behind a LLaDA-V splice, for
-training.
+"""The miniatures themselves, for training: transformers' Llama or Qwen2 layers behind a LLaVA splice.
 
 The sequence is the published one, at a small size: the prompt up to ``<image>``, 36 base-view tokens, a
 raster of 12 x 12 tile tokens with one newline embedding after each row, the rest of the prompt, the answer.
-Logits are unshifted. Only training needs this module; running the shipped weights is the backbone adapter's
-work.
+A Llama (LLaDA-V) predicts a token at its own row; a Qwen2 (LaViDa-Dream, and the autoregressive model that it is
+made of) one row before. Finer patches are pooled two by two behind the projector, as in LaViDa. Only training needs
+this module; running the shipped weights is the backbone adapters' work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from probe.zoo.tower import SIDE
@@ -25,14 +25,24 @@ VISUAL = SIDE * SIDE + 2 * SIDE * (2 * SIDE + 1)  # 36 base tokens, and 12 rows 
 
 @dataclass(frozen=True)
 class Packing:
-    """Several question-answer groups behind one prefix, which sees itself; a group sees it and itself."""
+    """Several question-answer groups behind one prefix, which sees itself; a group sees it and itself.
+
+    ``causal``: of itself, prefix and group see only what stands before.
+    """
 
     prefix: int
     groups: int
+    causal: bool = False
 
 
 def _softmax_values(scores: Tensor, value: Tensor) -> Tensor:
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _hide_future(scores: Tensor) -> Tensor:
+    """(.., length, length), each row without what follows it."""
+    length = scores.shape[-1]
+    return scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
 
 
 def packed_attention(
@@ -48,10 +58,11 @@ def packed_attention(
         out = _softmax_values(query @ key.transpose(-1, -2) * scaling, value)
         return out.transpose(1, 2).contiguous(), None
     p, shape = packing.prefix, (packing.groups, (query.shape[2] - packing.prefix) // packing.groups)
-    first = _softmax_values(query[:, :, :p] @ key[:, :, :p].transpose(-1, -2) * scaling, value[:, :, :p])
+    hide = _hide_future if packing.causal else lambda scores: scores
+    first = _softmax_values(hide(query[:, :, :p] @ key[:, :, :p].transpose(-1, -2)) * scaling, value[:, :, :p])
     rows = query[:, :, p:]
     own_key, own_value = (x[:, :, p:].unflatten(2, shape) for x in (key, value))
-    to_own = (rows.unflatten(2, shape) @ own_key.transpose(-1, -2)).flatten(2, 3)
+    to_own = hide(rows.unflatten(2, shape) @ own_key.transpose(-1, -2)).flatten(2, 3)
     scores = torch.cat([rows @ key[:, :, :p].transpose(-1, -2), to_own], -1) * scaling
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     own = (weights[..., p:].unflatten(2, shape) @ own_value).flatten(2, 3)
@@ -75,12 +86,25 @@ def language_config(vocabulary: int, hidden: int = 192, layers: int = 6, heads: 
     return config
 
 
+def qwen2_config(vocabulary: int, hidden: int = 192, layers: int = 6, heads: int = 4, mlp: int = 512) -> Qwen2Config:
+    """The decoder of the other two, at the same size; its query, key and value projections have biases."""
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, hidden_act="silu",
+        max_position_embeddings=16384, rms_norm_eps=1e-6, tie_word_embeddings=False, use_cache=False,
+        use_sliding_window=False, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    config._attn_implementation = "miniature_packed"
+    return config
+
+
 class Miniature(nn.Module):
     """Language model, head, projector and newline embedding; the tower's features come from a cache."""
 
-    def __init__(self, config: LlamaConfig, tower_width: int) -> None:
+    def __init__(self, config: LlamaConfig | Qwen2Config, tower_width: int) -> None:
         super().__init__()
-        self.lm = LlamaModel(config)
+        self.shifted = isinstance(config, Qwen2Config)
+        self.lm = Qwen2Model(config) if isinstance(config, Qwen2Config) else LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         hidden = config.hidden_size
         self.projector = nn.Sequential(nn.Linear(tower_width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
@@ -92,9 +116,11 @@ class Miniature(nn.Module):
             layer.compile(dynamic=False)
 
     def visual(self, features: Tensor) -> Tensor:
-        """(batch, 5, 36, tower width) to the visual span (batch, 192, hidden)."""
+        """(batch, 5, 36 or 144, tower width) to the visual span (batch, 192, hidden)."""
         projected = self.projector(features)
-        batch, _, _, hidden = projected.shape
+        batch, views, patches, hidden = projected.shape
+        if patches != SIDE * SIDE:  # halving a side bilinearly is the mean of two by two
+            projected = projected.view(batch, views, SIDE, 2, SIDE, 2, hidden).mean((3, 5)).flatten(2, 3)
         tiles = projected[:, 1:].view(batch, 2, 2, SIDE, SIDE, hidden)  # tile row, tile column, row, column
         raster = tiles.transpose(2, 3).reshape(batch, 2 * SIDE, 2 * SIDE, hidden)
         newline = self.newline.expand(batch, 2 * SIDE, 1, hidden)
@@ -105,21 +131,23 @@ class Miniature(nn.Module):
         text = self.lm.embed_tokens(opening).expand(features.shape[0], -1, -1)
         return torch.cat([text, self.visual(features)], 1)
 
-    def logits(self, prefix: Tensor, groups: Tensor, answer: int, packed: bool) -> Tensor:
+    def logits(self, prefix: Tensor, groups: Tensor, answer: int, packed: bool, causal: bool = False) -> Tensor:
         """Logits of the last ``answer`` positions of each group: float32 (batch, groups, answer, vocabulary).
 
         ``groups`` holds token ids (batch, groups, length). Unpacked, there is one group and everything sees
-        everything.
+        everything. A group that is nothing but the answer has its first token predicted by the end of the prefix,
+        where predictions are shifted.
         """
         _, count, length = groups.shape
         start = prefix.shape[1]
         hidden = torch.cat([prefix, self.lm.embed_tokens(groups.flatten(1))], 1)
         positions = torch.cat([torch.arange(start), (start + torch.arange(length)).repeat(count)])[None]
         rotary = self.lm.rotary_emb(hidden, position_ids=positions)
-        packing = Packing(start, count) if packed else None
+        packing = Packing(start, count, causal) if packed else None
         for layer in self.lm.layers:
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, packing=packing)
-        tail = hidden[:, start:].unflatten(1, (count, length))[:, :, -answer:]
+        tail = hidden[:, None] if count == 1 else hidden[:, start:].unflatten(1, (count, length))
+        tail = tail[:, :, -answer - 1 : -1] if self.shifted else tail[:, :, -answer:]
         return self.lm_head(self.lm.norm(tail)).float()
 
 
@@ -146,30 +174,3 @@ def draw_masks(samples: int, length: int, generator: torch.Generator, least: flo
     masked = noise < t[:, None]
     masked |= noise == noise.min(1, keepdim=True).values
     return t, masked
-
-
-@torch.no_grad()
-def generate(
-    model: Miniature, features: Tensor, opening: Tensor, question: Tensor, length: int, steps: int,
-    mask: int, eot: int, suppressed: list[int],
-) -> Tensor:  # fmt: skip
-    """Plain low-confidence decoding for the progress report: int64 (batch, length). One block, temperature 0.
-
-    ``question`` is (batch, tokens). Each step commits the most confident ``length // steps`` masked
-    positions (the remainder goes to the first steps); nothing after the first committed end of turn is
-    decoded any more.
-    """
-    batch = features.shape[0]
-    answer = torch.full((batch, length), mask)
-    prefix = model.prefix(features, opening)
-    for step in range(steps):
-        count = length // steps + (step < length % steps)
-        logits = model.logits(prefix, torch.cat([question, answer], 1)[:, None], length, packed=False)[:, 0]
-        logits[..., suppressed] = -torch.inf
-        confidence, choice = logits.double().softmax(-1).max(-1)
-        ended = (answer == eot).int().cumsum(1) > 0
-        confidence[(answer != mask) | ended] = -torch.inf
-        best, where = confidence.topk(count, dim=1)
-        chosen = torch.where(best > -torch.inf, choice.gather(1, where), answer.gather(1, where))
-        answer.scatter_(1, where, chosen)
-    return answer

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from probe.zoo.engine import MixedTrainer, schedule
 from probe.zoo.world import (
@@ -38,6 +39,7 @@ SIDE = TILE // PATCH  # patches per side of a view
 PATCHES = SIDE * SIDE
 VIEWS = 5  # the whole picture squashed to one tile, then four tiles row by row
 VISUAL_WORDS = {word: i for i, word in enumerate((*COLOURS, *SHAPES, *LETTERS))}
+Tower: TypeAlias = "SiglipVisionModel | CLIPVisionModel"
 _LEAST_OVERLAP = 18  # pixels of a patch (of 64) that a thing must cover to be the patch's thing
 
 
@@ -120,8 +122,14 @@ def render(kind: Kind, seeds: range, lines: tuple[int, int] = (3, LINES)) -> Poo
     return Pool(pictures, pixels, labels)
 
 
-def features(tower: SiglipVisionModel, pixel_values: Tensor) -> Tensor:
-    """(n, 3, 48, 48) to (n, 36, width): the output of the last kept layer, without the post layer norm."""
+def features(tower: Tower, pixel_values: Tensor) -> Tensor:
+    """(n, 3, 48, 48) to (n, patches, width): the output of the last kept layer, without the post layer norm.
+
+    A CLIP norms its embeddings first, and its class token is dropped, as in LLaVA-NeXT.
+    """
+    if isinstance(tower, CLIPVisionModel):
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        return tower.encoder(inputs_embeds=hidden).last_hidden_state[:, 1:]
     return tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state
 
 
@@ -195,7 +203,7 @@ def train(
 
 
 @torch.no_grad()
-def encode(tower: SiglipVisionModel, pixels: Tensor, batch: int = 64) -> Tensor:
-    """uint8 (n, 5, 48, 48, 3) to bfloat16 (n, 5, 36, width)."""
+def encode(tower: Tower, pixels: Tensor, batch: int = 64) -> Tensor:
+    """uint8 (n, 5, 48, 48, 3) to bfloat16 (n, 5, patches, width)."""
     parts = [features(tower, normalise(p.flatten(0, 1))).unflatten(0, (len(p), VIEWS)) for p in pixels.split(batch)]
     return torch.cat(parts)

@@ -1,11 +1,10 @@
-"""Trains the embedded miniature from nothing, on the CPU: ``python -m probe.zoo.train --out FOLDER``.
+"""Trains a miniature on the CPU: ``python -m probe.zoo.train --kind KIND --out FOLDER``.
 
-Three stages: the vision tower (taught patch by patch, then frozen), the cache of its features, and the
-masked-diffusion language model with projector and newline embedding. The language model first trains with
-several question-answer groups packed behind each picture; in the last fifth every sequence is whole and
-everything attends to everything, which is what inference does. The command can be stopped at any time and
-repeats nothing when started again with the same ``--out``; the folder holds a usable checkpoint from the
-first save on. See docs/miniature.md for what comes out.
+Three stages: the vision tower (taught patch by patch, or distilled from the first miniature's; then frozen), the cache
+of its features, and the language model with projector and newline embedding. ``--kind`` says which (`kinds`):
+``from_scratch`` (the default), ``autoregressive``, or ``adapted``, which starts ``--from`` the folder of an
+autoregressive one. The command can be stopped at any time and repeats nothing when started again with the same
+``--out``; the folder holds a usable checkpoint from the first save on. See docs/miniature.md for what comes out.
 """
 
 from __future__ import annotations
@@ -15,66 +14,33 @@ import json
 import os
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import SiglipVisionModel
 
-from probe.data.metrics import METRICS
-from probe.data.tasks import MIXTURES, load, tasks
+from probe.zoo import MINIATURE, distil
 from probe.zoo import tower as towers
 from probe.zoo.batches import Batch, Maker, Prompts, Shelf
 from probe.zoo.engine import MixedTrainer, schedule
-from probe.zoo.export import export
-from probe.zoo.model import (
-    Miniature,
-    diffusion_loss,
-    draw_masks,
-    generate,
-    language_config,
-)
-from probe.zoo.tokenizer import build
+from probe.zoo.export import TOWER_PREFIX
+from probe.zoo.export_contrast import llava_weights
+from probe.zoo.kinds import KINDS, SMOKE, Kind, Plan, Size
+from probe.zoo.measure import mean_scores
+from probe.zoo.model import Miniature, diffusion_loss, draw_masks
+from probe.zoo.tokenizer import PICTURE, build
 from probe.zoo.world import TRAIN_SEEDS
-
-PACKED_UNTIL = 0.8  # the share of the training that packs groups
-DESCRIBE_FROM = 0.3  # from here on long answers, and among them descriptions, take most of the steps
-CURRICULUM_UNTIL = 0.4  # the share over which one- and two-line pages give way to whole ones
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large everything is. ``pictures`` counts the scenes, and the whole pages."""
-
-    pictures: int = 15_000
-    tower_width: int = 128
-    tower_layers: int = 3
-    tower_steps: int = 1_100
-    tower_batch: int = 64
-    hidden: int = 192
-    layers: int = 6
-    heads: int = 4
-    mlp: int = 512
-    images: int = 16
-    short_groups: int = 8
-    long_groups: int = 3
-    compiled: bool = True
-
-
-SMOKE = Size(
-    pictures=24, tower_width=32, tower_layers=1, tower_steps=12, tower_batch=8, hidden=32, layers=2, heads=2,
-    mlp=64, images=4, short_groups=2, long_groups=1, compiled=False,
-)  # fmt: skip
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _pools(size: Size) -> dict[str, towers.Pool]:
-    start, third = TRAIN_SEEDS.start, size.pictures // 3
+def _pools(pictures: int) -> dict[str, towers.Pool]:
+    start, third = TRAIN_SEEDS.start, pictures // 3
     words = towers.render("words", range(start, start + 2 * third))
     codes = towers.render("codes", range(start, start + third))
     brief_words = towers.render("words", range(start + 10**6, start + 10**6 + third * 2 // 3), (1, 2))
@@ -84,117 +50,102 @@ def _pools(size: Size) -> dict[str, towers.Pool]:
         return towers.Pool(a.pictures + b.pictures, torch.cat([a.pixels, b.pixels]), torch.cat([a.labels, b.labels]))
 
     return {
-        "scene": towers.render("scene", range(start, start + size.pictures)),
+        "scene": towers.render("scene", range(start, start + pictures)),
         "page": join(words, codes),
         "brief": join(brief_words, brief_codes),
         "codes": codes,
     }
 
 
-def _tower(size: Size, pools: dict[str, towers.Pool], work: Path, seed: int) -> SiglipVisionModel:
+def shipped_tower() -> SiglipVisionModel:
+    """The first miniature's tower, float32: what the other kinds' towers learn from."""
+    weights = load_file(MINIATURE / "model.safetensors")
+    tower = SiglipVisionModel(towers.config(Size.tower_width, Size.tower_layers))
+    tower.load_state_dict({k.removeprefix(TOWER_PREFIX): v for k, v in weights.items() if k.startswith(TOWER_PREFIX)})
+    return tower
+
+
+def _tower(kind: Kind, size: Size, pools: dict[str, towers.Pool], work: Path, seed: int) -> towers.Tower:
     """The trained tower in bfloat16: read from the work folder if it is there, else trained and written."""
     torch.manual_seed(seed)
-    model = SiglipVisionModel(towers.config(size.tower_width, size.tower_layers))
-    saved = work / "tower.pt"
+
+    def fresh() -> towers.Tower:
+        if kind.tower is None:
+            return SiglipVisionModel(towers.config(size.tower_width, size.tower_layers))
+        return kind.tower(shipped_tower(), seed)
+
+    model, saved = fresh(), work / "tower.pt"
     if not saved.exists():
         began = time.monotonic()
         generator = torch.Generator().manual_seed(seed)
-        taught = [pools["scene"], pools["codes"]]
-        for step, loss, stats in towers.train(
-            model, taught, size.tower_steps, size.tower_batch, generator, compiled=size.compiled
-        ):
-            if step % 50 == 0 or step == size.tower_steps - 1:
+        steps, batch = size.tower_steps or kind.tower_steps, size.tower_batch or kind.tower_batch
+        for step, loss, stats in _teach(kind, model, pools, steps, batch, generator, size.compiled):
+            if step % 50 == 0 or step == steps - 1:
                 seen = " ".join(f"{k} {v:.3f}" for k, v in stats.items())
-                spent = time.monotonic() - began
-                _say(f"tower {step + 1}/{size.tower_steps} loss {loss:.3f} {seen} {spent:.0f} s")
+                _say(f"tower {step + 1}/{steps} loss {loss:.4f} {seen} {time.monotonic() - began:.0f} s")
         torch.save(model.state_dict(), saved.with_suffix(".partial"))
         os.replace(saved.with_suffix(".partial"), saved)
-        model = SiglipVisionModel(towers.config(size.tower_width, size.tower_layers))
+        model = fresh()
     torch.nn.Module.to(model, torch.bfloat16).load_state_dict(torch.load(saved, weights_only=True))
     return model.requires_grad_(False)
 
 
-@dataclass
-class Plan:
-    """What the next batch is, as a function of the step and of the training's progress in [0, 1]."""
-
-    packed: bool
-    long: bool
-    images: int
-    groups: int
-    scenes: float
-    brief: float
-
-    @staticmethod
-    def at(step: int, progress: float, size: Size) -> Plan:
-        """The plan of one step."""
-        packed = progress < PACKED_UNTIL
-        # Colours, shapes and pages are learned first, descriptions last: half long steps, later three quarters.
-        early = progress < DESCRIBE_FROM
-        long = step % 2 == 1 if early else step % 4 != 0
-        groups = (size.long_groups if long else size.short_groups) if packed else 1
-        brief = max(0.1, 0.9 - 0.8 * progress / CURRICULUM_UNTIL)
-        scenes = 0.7 if long and not early else 0.5
-        return Plan(packed, long, size.images if packed else 2 * size.images, groups, scenes, brief)
+def _teach(
+    kind: Kind, model: towers.Tower, pools: dict[str, towers.Pool], steps: int, batch: int,
+    generator: torch.Generator, compiled: bool,
+) -> Iterator[tuple[int, float, dict[str, float]]]:  # fmt: skip
+    """Train a tower in place: by labels, or by the first miniature's features."""
+    if kind.tower is None:
+        taught = [pools["scene"], pools["codes"]]
+        yield from towers.train(cast(SiglipVisionModel, model), taught, steps, batch, generator, compiled)
+        return
+    teacher = torch.nn.Module.to(shipped_tower(), torch.bfloat16).requires_grad_(False)
+    shown = [pools["scene"], pools["page"], pools["codes"]]
+    for step, loss in distil.distil(model, teacher, shown, steps, batch, generator, compiled, kind.tower_muon):
+        yield step, loss, {}
 
 
 def _learn(
-    model: Miniature,
-    opening: torch.Tensor,
-    prompts: Prompts,
-    batch: Batch,
-    plan: Plan,
-    generator: torch.Generator,
+    model: Miniature, prompts: Prompts, batch: Batch, plan: Plan, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One forward: the loss, and per sample the mask ratio and the accuracy on masked content."""
+    """One forward: the loss, and per sample the mask ratio and the accuracy on predicted content."""
     images, groups, answer = batch.wanted.shape
     wanted, weight = batch.wanted.flatten(0, 1), batch.weight.flatten(0, 1)
-    t, masked = draw_masks(images * groups, answer, generator)
-    visible = torch.where(masked, prompts.mask, wanted).view(images, groups, answer)
-    prefix = model.prefix(batch.features, opening)
-    logits = model.logits(prefix, torch.cat([batch.questions, visible], -1), answer, plan.packed)
+    if plan.causal:  # every token is predicted from those before it
+        t, masked, visible = torch.ones(images * groups), torch.ones_like(wanted, dtype=torch.bool), batch.wanted
+    else:
+        t, masked = draw_masks(images * groups, answer, generator)
+        visible = torch.where(masked, prompts.mask, wanted).view(images, groups, answer)
+    prefix, rows = model.prefix(batch.features, prompts.opening), torch.cat([batch.questions, visible], -1)
+    if plan.apart:
+        prefix, rows = torch.cat([prefix, model.lm.embed_tokens(batch.questions[:, 0])], 1), visible
+    logits = model.logits(prefix, rows, answer, plan.packed, plan.causal)
     loss, right = diffusion_loss(logits.flatten(0, 1), wanted, masked, weight)
     return loss, t, right
-
-
-def evaluate(model: Miniature, tower: SiglipVisionModel, prompts: Prompts, count: int) -> dict[str, float]:
-    """Mean score of each embedded task over ``count`` reserved samples, by its own metric, unpruned."""
-    scores = {}
-    for name in (t for t in tasks() if t not in MIXTURES):
-        samples = list(load(name, count))
-        total = 0.0
-        for k in range(0, count, 32):
-            part = samples[k : k + 32]
-            pixels = torch.stack([torch.from_numpy(towers.views(np.asarray(s.images[0]))) for s in part])
-            questions = torch.tensor([prompts.question(s.question) for s in part])
-            length, steps = part[0].generate["gen_length"], part[0].generate["steps"]
-            answers = generate(
-                model, towers.encode(tower, pixels), prompts.opening, questions, length, steps,
-                prompts.mask, prompts.eot, prompts.suppressed,
-            )  # fmt: skip
-            for ids, sample in zip(answers.tolist(), part, strict=True):
-                total += METRICS[sample.metric](prompts.text(ids), sample.answers)
-        scores[name] = total / count
-    return scores
 
 
 class Run:
     """A training of the language model that can be saved and taken up again."""
 
-    def __init__(self, size: Size, out: Path, work: Path, seed: int) -> None:
-        self.size, self.out, self.work = size, out, work
-        build(work)
-        self.prompts = Prompts(str(work))
-        pools = _pools(size)
+    def __init__(self, kind: Kind, size: Size, out: Path, work: Path, seed: int, start: Path | None = None) -> None:
+        self.kind, self.size, self.out, self.work = kind, size, out, work
+        build(work, kind.spelling)
+        self.prompts = Prompts(str(work), kind.spelling)
+        pools = _pools(size.pictures or kind.pictures)
         _say(f"rendered {sum(len(p.pictures) for k, p in pools.items() if k != 'codes')} pictures")
-        self.tower = _tower(size, pools, work, seed)
+        self.tower = _tower(kind, size, pools, work, seed)
         shelves = {k: Shelf(p.pictures, towers.encode(self.tower, p.pixels)) for k, p in pools.items() if k != "codes"}
+        del pools
         _say("cached the tower's features")
         torch.manual_seed(seed + 1)
         self.generator = torch.Generator().manual_seed(seed + 2)
-        self.config = language_config(len(self.prompts.tokenizer), size.hidden, size.layers, size.heads, size.mlp)
-        self.model = Miniature(self.config, size.tower_width)
-        self.trainer = MixedTrainer(self.model.named_parameters(), lambda name, p: p.dim() == 2 and ".layers." in name)
+        self.config = kind.config(len(self.prompts.tokenizer), size.hidden, size.layers, size.heads, size.mlp)
+        self.model = Miniature(self.config, self.tower.config.hidden_size)
+        if start is not None:
+            self.model.load_state_dict(llava_weights(start, list(self.model.state_dict())))
+        self.trainer = MixedTrainer(
+            self.model.named_parameters(), lambda name, p: p.dim() == 2 and ".layers." in name, kind.muon, kind.adamw
+        )
         self.maker = Maker(self.prompts, shelves, self.generator)
         self.step, self.seconds = 0, 0.0
         if (work / "state.pt").exists():
@@ -219,8 +170,10 @@ class Run:
         torch.save(state, self.work / "state.partial")
         os.replace(self.work / "state.partial", self.work / "state.pt")
         names = [n for n, _ in self.model.named_parameters()]
-        ids = {"bos": self.prompts.bos, "eos": self.prompts.eos, "mask": self.prompts.mask}
-        export(
+        prompts = self.prompts
+        ids = {"bos": prompts.bos, "eos": prompts.eos, "mask": prompts.mask, "end": prompts.end}
+        ids["picture"] = prompts.id(PICTURE) if PICTURE in prompts.spelling.special else -1
+        self.kind.export(
             self.out, dict(zip(names, self.trainer.masters, strict=True)), self.tower.state_dict(),
             self.config, self.tower.config, ids, self.work,
         )  # fmt: skip
@@ -234,9 +187,9 @@ class Run:
             progress = max(self.step / steps, self.seconds / 60 / minutes)
             if progress >= 1:
                 break
-            plan = Plan.at(self.step, progress, self.size)
+            plan = self.kind.plan(self.step, progress, self.size)
             batch = self.maker.draw(plan.images, plan.groups, plan.long, plan.scenes, plan.brief)
-            loss, t, right = _learn(self.model, self.prompts.opening, self.prompts, batch, plan, self.generator)
+            loss, t, right = _learn(self.model, self.prompts, batch, plan, self.generator)
             loss.backward()
             self.trainer.step(schedule(progress, self.step))
             self.step += 1
@@ -262,8 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m probe.zoo.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--kind", choices=list(KINDS), default="from_scratch", help="which miniature")
+    parser.add_argument("--from", dest="start", type=Path, help="the autoregressive folder to adapt")
     parser.add_argument("--work", type=Path, help="folder of the state to go on from (default: OUT.training)")
-    parser.add_argument("--steps", type=int, help="steps of the language model (default 3100)")
+    parser.add_argument("--steps", type=int, help="steps of the language model (default: the kind's)")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop the language model after so many minutes")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and masks")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (one is fastest on a busy machine)")
@@ -272,12 +227,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny model for a few steps: does the command work?")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    size = SMOKE if given.smoke else Size()
+    if (given.start is None) == (given.kind == "adapted"):
+        parser.error("--from FOLDER belongs to --kind adapted, which starts from an autoregressive miniature")
+    kind, size = KINDS[given.kind], SMOKE if given.smoke else Size()
     work = given.work or given.out.with_name(given.out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
-    run = Run(size, given.out, work, given.seed)
-    run.train(given.steps or (40 if given.smoke else 3_100), given.minutes, given.save_every)
-    scores = evaluate(run.model, run.tower, run.prompts, 2 if given.smoke else given.evaluate)
+    run = Run(kind, size, given.out, work, given.seed, given.start)
+    run.train(given.steps or (40 if given.smoke else kind.steps), given.minutes, given.save_every)
+    scores = mean_scores(given.out, 2 if given.smoke else given.evaluate)
     _say("reserved pictures: " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
 
