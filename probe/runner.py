@@ -36,7 +36,7 @@ from probe.probe_code import CodeProbe
 from probe.recipe import Recipe
 from probe.run_files import failure_of, open_writer, output_folder, record_of
 from probe.stopping import Stopped, Stopping
-from probe.summary import Row, count_failed, summarise
+from probe.summary import Row, summarise
 from probe.timing import PHASES, Stopwatch
 from probe.views.picture import draw_run
 
@@ -120,6 +120,7 @@ def run(
     shard: tuple[int, int] | None = None,
     baseline: bool | None = None,
     timed: bool | None = None,
+    picture: bool = True,
     code_probes: Sequence[CodeProbe] = (),
     on_progress: OnProgress | None = None,
     command: str = "",
@@ -127,7 +128,8 @@ def run(
     """Run `recipe` on its data, or on `samples`, and leave `OUT/NAME.trace.h5` (and the baseline's) behind.
 
     `out` is a folder (default `runs/NAME`); `seed` overrides the recipe's; `resume` finishes what an earlier run left;
-    `shard` (i, n) takes every n-th sample from the i-th on, and puts that into the file names (`probe.trace.merge`).
+    `shard` (i, n) takes every n-th sample from the i-th on, and puts that into the file names (`probe.trace.merge`);
+    `picture` draws what was kept, beside the traces.
     A sample that fails is recorded with its reason, and the run goes on. Raises `ProbeError` for anything that
     concerns the run as a whole, before a file is made. Asked to stop (Ctrl-C, SIGTERM, SIGHUP), it finishes its
     sample, closes the partial traces and raises `Stopped`; asked twice, it stops at once.
@@ -241,7 +243,7 @@ def run(
     if of_harness and samples is None and shard is None:
         notes += [_scored_by_harness(s) for s in sides]
     rows = summarise([s.path for s in sides], [s.label for s in sides])
-    failed = count_failed(sides[-1].path)
+    failed = rows[-1].failed
     notes += failure_notes(failures, failed)
     if intervenes and rows[-1].untouched:
         notes.append(
@@ -254,7 +256,7 @@ def run(
         rows=rows,
         failed=failed,
         samples=count,
-        picture=_draw(sides, notes),
+        picture=_draw(sides, notes) if picture else None,
         notes=tuple(notes),
     )
 

@@ -74,12 +74,6 @@ def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def count_failed(path: Path) -> int:
-    """Samples of a trace that failed."""
-    with open_trace(path) as trace:
-        return int((trace.array("failed") != "").sum())
-
-
 def _mean(values: Sequence[float]) -> float:
     known = [v for v in values if not np.isnan(v)]
     return float(np.mean(known)) if known else float("nan")

@@ -21,7 +21,7 @@ from probe.errors import ProbeError
 from probe.failures import free_memory, is_out_of_memory, reason_of
 from probe.recipe import Recipe
 from probe.runner import OnProgress, pick_device, run
-from probe.summary import Row, count_failed, summarise
+from probe.summary import Row, summarise
 from probe.sweep import Cell, Group, Unit, cells_of, check_cells, is_done, units_of
 from probe.trace import merge, open_trace
 from probe.trace_journal import Busy
@@ -91,8 +91,8 @@ class Worker:
         cell = unit.cell
         try:
             if is_done(unit, root):  # by another process, since we began
-                return Outcome(unit, "done", failed=count_failed(cell.trace(root, unit.shard)))
-            run(
+                return Outcome(unit, "done")
+            result = run(
                 cell.recipe,
                 backbone=self.backbone(cell.recipe),
                 out=root / cell.folder,
@@ -100,6 +100,7 @@ class Worker:
                 shard=unit.shard,
                 baseline=needs_baseline(cell),
                 timed=cell.recipe.written("run").get("time", False),
+                picture=False,
                 on_progress=self.on_progress,
                 command=self.command,
             )
@@ -109,7 +110,7 @@ class Worker:
             if is_out_of_memory(error):
                 self._loaded = None
             return Outcome(unit, "failed", reason_of(error), again=not isinstance(error, ProbeError))
-        return Outcome(unit, "done", failed=count_failed(cell.trace(root, unit.shard)))
+        return Outcome(unit, "done", failed=result.failed)
 
     def all(self, units: Sequence[Unit], root: Path) -> Iterator[Outcome]:
         """Every unit in turn."""

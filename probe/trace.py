@@ -650,22 +650,22 @@ def _contents(h5: h5py.File) -> Contents:
     columns = h5["checksums/variable"].asstr()[...].tolist() if "checksums/variable" in h5 else []
     order = {name: k for k, name in enumerate(columns)}  # as declared; HDF5 lists names alphabetically
     dims = {n: _dims(d) for n, d in arrays.items()}
+    attrs = {n: {k: _plain(v) for k, v in d.attrs.items()} for n, d in arrays.items()}
     own = {*TEXTS, *scales, *(f"n_{axis}" for axis in scales)}
     names = [n for n in top if n not in own and dims[n][:1] == ("sample",)]
     return Contents(
         attrs={k: _plain(v) for k, v in h5.attrs.items()},
         axes={n: len(d) for n, d in top.items() if n in scales},
         coords={n: tuple(d.asstr()[...]) for n, d in top.items() if n in scales and d.dtype == object},
-        variables={n: _variable(n, top[n]) for n in sorted(names, key=lambda n: order.get(n, -1))},
+        variables={n: _variable(n, top[n], attrs[n], dims[n]) for n in sorted(names, key=lambda n: order.get(n, -1))},
         data={n: d for n, d in arrays.items() if not _is_bare(d)},
-        notes={n: {k: _plain(v) for k, v in d.attrs.items() if k not in hidden} for n, d in arrays.items()},
+        notes={n: {k: v for k, v in found.items() if k not in hidden} for n, found in attrs.items()},
         dims={n: dims[n] for n, d in arrays.items() if not _is_bare(d)},
     )
 
 
-def _variable(name: str, data: h5py.Dataset) -> Variable:
+def _variable(name: str, data: h5py.Dataset, attrs: dict[str, Any], dims: tuple[str, ...]) -> Variable:
     """The variable as it was declared, without the checks of a declaration: odd files must be showable."""
-    attrs = {k: _plain(v) for k, v in data.attrs.items()}
     flags = None
     if "flag_values" in attrs:
         values = attrs["flag_values"] if isinstance(attrs["flag_values"], list) else [attrs["flag_values"]]
@@ -676,7 +676,7 @@ def _variable(name: str, data: h5py.Dataset) -> Variable:
         fill = None if repr(data.fillvalue.item()) == repr(usual) else data.fillvalue.item()
     variable = object.__new__(Variable)
     words = {k: str(attrs.get(k, "")) for k in ("units", "long_name", "formula", "probe")}
-    fields = {"name": name, "dims": _dims(data)[1:], "dtype": data.dtype.name, "flags": flags, "fill": fill}
+    fields = {"name": name, "dims": dims[1:], "dtype": data.dtype.name, "flags": flags, "fill": fill}
     for key, value in {**fields, **words}.items():
         object.__setattr__(variable, key, value)
     return variable
