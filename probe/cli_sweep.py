@@ -108,7 +108,8 @@ def _plan(recipe: object, where: Path) -> None:
         title = unit.cell.title + ("" if unit.shard is None else f" ({unit.shard[0]}/{unit.shard[1]})")
         table.add_row(str(number), group.backbone, group.data, str(group.seed), title, "yes" if finished else "")
     out.print(table)
-    out.print(f"{len(units)} runs in {where}, {done} of them done")
+    told = f"{len(units)} runs in {where}, {done} of them done"
+    out.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _report(result: SweepResult) -> None:

@@ -219,10 +219,15 @@ def _cell(
         turned = loaded.with_sets([f"{name}={_word(value)}" for name, value in dials.items()])
         if base.probes and loaded is not base:
             turned = turned.with_probes_of(base)
-        varied = {k: v for k, v in dials.items() if len(sweep_values(recipe, entry, k)) > 1 or v != loaded.dial[k]}
+        varied = {k: v for k, v in dials.items() if len(sweep_values(recipe, entry, k)) > 1 or _changes(loaded, k, v)}
         return Cell(_at(turned, base, group), group, entry.label or loaded.name, varied)
     except ProbeError as error:
         raise recipe.fault(path, f"{entry.recipe} with {_listed(dials)}: {error}") from None
+
+
+def _changes(recipe: Recipe, dial: str, value: Any) -> bool:
+    """Whether a value is another than the recipe's own, however it is written."""
+    return recipe.with_sets([f"{dial}={_word(value)}"]).hash != recipe.hash
 
 
 def sweep_values(recipe: Recipe, entry: Entry, dial: str) -> list[Any]:
