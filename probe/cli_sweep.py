@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probe.cli_common import PluginOption, RecipeArgument, SetOption, err, out, recipe_of, shard_of
+from probe.errors import ProbeError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -28,15 +29,28 @@ def sweep(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only every N-th run, from the I-th on.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is tried again.")] = 1,
+    on: Annotated[str | None, typer.Option(metavar="ray", help="Let the workers of a Ray cluster run it.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="With --on ray: a running cluster's; default: one on this machine.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --on ray: how many; default: as many as the cluster has devices.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="With --on ray: GPUs of each worker, where there are any.")] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="Only list the runs, and which are done.")] = False,
     plugin: PluginOption = None,
 ) -> None:
     """Run every combination of a recipe's `sweep`, or what is left of it, and end with the table."""
     from probe.plugins import load_plugins
     from probe.stopping import Stopped
+    from probe.sweep_ray import workers as on_ray
     from probe.sweep_run import Worker
     from probe.sweep_run import sweep as run_sweep
 
+    if on not in (None, "ray"):
+        raise ProbeError(f"--on {on}: there is only `ray`; without --on the sweep runs here")
+    if on is None and (address is not None or workers is not None or gpus != 1):
+        raise ProbeError("--address, --workers and --gpus belong to --on ray")
     load_plugins(plugin or [])
     loaded = recipe_of(recipe, sets)
     where = folder or Path("runs") / loaded.name.replace("/", "-")
@@ -46,15 +60,27 @@ def sweep(
     command = "probe " + shlex.join(sys.argv[1:])
     try:
         with _Display() as display:
-            worker = Worker(device, dtype, on_progress=display.sample, command=command)
+            if on == "ray":
+                work = on_ray(
+                    address,
+                    count=workers,
+                    gpus=gpus,
+                    device=device,
+                    dtype=dtype,
+                    plugins=plugin or (),
+                    command=command,
+                    on_note=_note,
+                )
+            else:
+                work = Worker(device, dtype, on_progress=display.sample, command=command).all
             result = run_sweep(
                 loaded,
                 out=where,
                 limit=limit,
-                workers=worker.all,
+                workers=work,
                 shard=shard_of(shard),
                 retries=retries,
-                on_unit=display.unit,
+                on_unit=display.unit if on is None else display.units,
             )
     except KeyboardInterrupt as stopped:
         status = stopped.status if isinstance(stopped, Stopped) else 130
@@ -62,6 +88,11 @@ def sweep(
         raise typer.Exit(status) from None
     _report(result)
     raise typer.Exit(1 if result.failures or any(row.failed for rows in result.rows.values() for _, row in rows) else 0)
+
+
+def _note(words: str) -> None:
+    err.print("[yellow]note:[/] ", end="")
+    err.print(words, highlight=False, markup=False)
 
 
 def _plan(recipe: object, where: Path) -> None:
@@ -134,6 +165,12 @@ class _Display:
         assert self._runs is not None and self._samples is not None
         self._bar.update(self._runs, completed=finished, total=total)
         self._bar.reset(self._samples, description=unit.title if unit else "", total=None)
+
+    def units(self, finished: int, total: int, unit: Unit | None) -> None:
+        """Some are being worked on elsewhere, `finished` are done."""
+        assert self._runs is not None and self._samples is not None
+        self._bar.update(self._runs, completed=finished, total=total)
+        self._bar.update(self._samples, visible=False)
 
     def sample(self, at: Progress) -> None:
         """A sample of it is being worked on."""
