@@ -154,6 +154,7 @@ def test_each_library_has_its_place() -> None:
     assert users("yaml") == {"recipe_yaml"}
     assert users("typer") == COMMAND_LINE
     assert users("av") == {"data.video"}
+    assert users("ray") == {"sweep_ray"}
     assert all(n == "attend" or n.startswith(("backbones.", "zoo.")) for n in users("transformers"))
 
 

