@@ -103,10 +103,13 @@ def _cluster(ray: Any, address: str | None, count: int | None) -> Iterator[None]
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, asked)  # Ray puts its own there
+    # of a worker's death we tell ourselves; for what Ray prints of it there is no public switch
+    ray._private.worker._worker_logs_enabled = False
     try:
         yield
     finally:
         ray.shutdown()
+        ray._private.worker._worker_logs_enabled = True
 
 
 def _reach(address: str) -> None:
