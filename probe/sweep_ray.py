@@ -284,6 +284,6 @@ class _Team:
 
 
 def _last_line(error: Exception) -> str:
-    """The end of an error's text, where Ray says what it was."""
+    """The end of an error's text, where Ray says what it was, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__

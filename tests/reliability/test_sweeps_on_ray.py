@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 from hardship import trials
-from test_sweeps import RUNS, same_sweeps
+from test_sweeps import same_sweeps
 
 from probe.errors import ProbeError
 from probe.plugins import load_plugins
 from probe.recipe import Recipe, load_recipe
 from probe.registry import scores
-from probe.stopping import Stopped
 from probe.sweep_run import SweepResult, sweep
 
 ray = pytest.importorskip("ray")
@@ -194,6 +193,7 @@ def undisturbed(desk: Callable[..., Desk]) -> Desk:
     return made
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_loses_nothing(desk: Any, undisturbed: Desk, address: str) -> None:
     """The command of the page, on two nodes; one worker kills itself within a sample, once."""
     made = desk("killed", pause=0.2)
@@ -207,12 +207,15 @@ def test_a_worker_killed_in_the_middle_loses_nothing(desk: Any, undisturbed: Des
     assert len(calls) == CALLS + 1  # the sample in which it happened had not been finished
     assert len({node for _, node in calls}) == 2
     assert max(Counter(map(tuple, loads)).values()) == 1  # a backbone is loaded once by those who work on it
-    said = done.stderr.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith("note: ") and "its worker died" in said[0], done.stderr
-    assert "raylet" not in done.stdout
+    said = " ".join(done.stderr.split())  # one note of ours, and not a word of Ray's
+    assert re.fullmatch(r"note: \S+, world/short: \S+ \S+ its worker died \(.*\); another one goes on with it", said), (
+        said
+    )
+    assert said.count("note: ") == 1 and "raylet" not in done.stdout + said
     assert "counted keep=0.25" in done.stdout and not list(made.out.glob(".here-*"))
 
 
+@pytest.mark.slow
 def test_a_unit_that_ends_every_worker_is_given_up_and_the_others_are_run(desk: Any, address: str) -> None:
     from probe.sweep_ray import MOST_DEATHS, workers
 
@@ -228,6 +231,7 @@ def test_a_unit_that_ends_every_worker_is_given_up_and_the_others_are_run(desk: 
     assert signal.getsignal(signal.SIGTERM) == asked and not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_what_a_node_does_not_see_is_said(desk: Any, address: str) -> None:
     from probe.sweep_ray import workers
 
@@ -247,6 +251,7 @@ def test_what_a_node_does_not_see_is_said(desk: Any, address: str) -> None:
     assert made.lines("calls") == [] and list(made.out.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_finishes_its_samples_and_the_command_goes_on(
     desk: Any, undisturbed: Desk, address: str
 ) -> None:
@@ -328,4 +333,4 @@ def test_no_cluster_there(desk: Any) -> None:
     made = desk("nobody", count=1)
     with plugged(made) as recipe, pytest.raises(ProbeError, match=r"--address 127.0.0.1:1: no cluster there"):
         sweep(recipe, out=made.out, workers=workers("127.0.0.1:1", plugins=[made.plugin]))
-    assert not ray.is_initialized() and RUNS == 2 * (1 + 2) and issubclass(Stopped, KeyboardInterrupt)
+    assert not ray.is_initialized() and not list(made.out.iterdir())
