@@ -63,6 +63,7 @@ def workers(
     """
     try:
         import ray
+        from ray import exceptions as _  # a mere folder called `ray`, as Ray leaves in /tmp, has none
     except ImportError:
         raise ProbeError("--on ray needs Ray: pip install 'dmllm-probe[ray]'") from None
 
