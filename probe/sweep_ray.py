@@ -62,8 +62,7 @@ def workers(
     starts, or a worker does not see the sweep's folder.
     """
     try:
-        import ray
-        from ray import exceptions as _  # a mere folder called `ray`, as Ray leaves in /tmp, has none
+        import ray.exceptions  # which a mere folder called `ray` does not have, as Ray leaves one in /tmp
     except ImportError:
         raise ProbeError("--on ray needs Ray: pip install 'dmllm-probe[ray]'") from None
 
