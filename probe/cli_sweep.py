@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probe.cli_common import PluginOption, RecipeArgument, SetOption, err, out, recipe_of, shard_of
+from probe.errors import ProbeError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from probe.runner import OnProgress, Progress
+    from probe.runner import Progress
     from probe.sweep import Unit
-    from probe.sweep_run import OnUnit, SweepResult
+    from probe.sweep_run import OnUnit, SweepResult, Workers
 
 
 def sweep(
@@ -30,6 +31,14 @@ def sweep(
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only every N-th run, from the I-th on.")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes that share the runs.")] = 1,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is tried again.")] = 1,
+    on: Annotated[str | None, typer.Option(metavar="ray", help="Let the workers of a Ray cluster run it.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="With --on ray: a running cluster's; default: one on this machine.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --on ray: how many; default: as many as the cluster has devices.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="With --on ray: GPUs of each worker, where there are any.")] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="Only list the runs, and which are done.")] = False,
     plugin: PluginOption = None,
 ) -> None:
@@ -37,9 +46,16 @@ def sweep(
     from probe.plugins import load_plugins
     from probe.stopping import Stopped
     from probe.sweep_jobs import Job, start_jobs
+    from probe.sweep_ray import workers as on_ray
     from probe.sweep_run import Worker
     from probe.sweep_run import sweep as run_sweep
 
+    if on not in (None, "ray"):
+        raise ProbeError(f"--on {on}: there is only `ray`; without --on the sweep runs here")
+    if on is None and (address is not None or workers is not None or gpus != 1):
+        raise ProbeError("--address, --workers and --gpus belong to --on ray")
+    if on is not None and jobs > 1:
+        raise ProbeError("--jobs shares this machine out, --on ray a cluster (with --workers); give one of them")
     load_plugins(plugin or [])
     loaded = recipe_of(recipe, sets)
     where = folder or Path("runs") / loaded.name.replace("/", "-")
@@ -48,15 +64,13 @@ def sweep(
         return
     command = "probe " + shlex.join(sys.argv[1:])
 
-    def run_here(on_sample: OnProgress, on_unit: OnUnit) -> SweepResult:
-        work = Worker(device, dtype, on_progress=on_sample, command=command).all
+    def run_with(work: Workers, on_unit: OnUnit) -> SweepResult:
         share = shard_of(shard)
-        return run_sweep(
-            loaded, out=where, limit=limit, workers=work, shard=share, retries=retries, on_unit=on_unit
-        )
+        return run_sweep(loaded, out=where, limit=limit, workers=work, shard=share, retries=retries, on_unit=on_unit)
 
     try:
         with _Display() as display, ExitStack() as beside:
+            here = Worker(device, dtype, on_progress=display.sample, command=command).all
             if jobs > 1:
                 others = [
                     Job(
@@ -75,16 +89,34 @@ def sweep(
                     for i in range(1, jobs)
                 ]
                 running = beside.enter_context(start_jobs(others, where, device))
-                run_here(display.sample, display.unit)
+                run_with(here, display.unit)
                 for process in running:
                     process.wait()
-            result = run_here(display.sample, display.unit)  # with siblings: what they left, and the table
+            if on == "ray":
+                work = on_ray(
+                    address,
+                    count=workers,
+                    gpus=gpus,
+                    device=device,
+                    dtype=dtype,
+                    plugins=plugin or (),
+                    command=command,
+                    on_note=_note,
+                )
+                result = run_with(work, display.units)
+            else:
+                result = run_with(here, display.unit)  # with siblings: what they left, and the table
     except KeyboardInterrupt as stopped:
         status = stopped.status if isinstance(stopped, Stopped) else 130
         err.print(f"stopped; everything that was finished is kept. To go on: {command}", highlight=False, markup=False)
         raise typer.Exit(status) from None
     _report(result)
     raise typer.Exit(1 if result.failures or any(row.failed for rows in result.rows.values() for _, row in rows) else 0)
+
+
+def _note(words: str) -> None:
+    err.print("[yellow]note:[/] ", end="")
+    err.print(words, highlight=False, markup=False)
 
 
 def _plan(recipe: object, where: Path) -> None:
@@ -158,6 +190,12 @@ class _Display:
         assert self._runs is not None and self._samples is not None
         self._bar.update(self._runs, completed=finished, total=total)
         self._bar.reset(self._samples, description=unit.title if unit else "", total=None)
+
+    def units(self, finished: int, total: int, unit: Unit | None) -> None:
+        """Some are being worked on elsewhere, `finished` are done."""
+        assert self._runs is not None and self._samples is not None
+        self._bar.update(self._runs, completed=finished, total=total)
+        self._bar.update(self._samples, visible=False)
 
     def sample(self, at: Progress) -> None:
         """A sample of it is being worked on."""

@@ -124,6 +124,7 @@ def run(
     code_probes: Sequence[CodeProbe] = (),
     on_progress: OnProgress | None = None,
     command: str = "",
+    stopping: Stopping | None = None,
 ) -> RunResult:
     """Run `recipe` on its data, or on `samples`, and leave `OUT/NAME.trace.h5` (and the baseline's) behind.
 
@@ -132,7 +133,8 @@ def run(
     `picture` draws what was kept, beside the traces.
     A sample that fails is recorded with its reason, and the run goes on. Raises `ProbeError` for anything that
     concerns the run as a whole, before a file is made. Asked to stop (Ctrl-C, SIGTERM, SIGHUP), it finishes its
-    sample, closes the partial traces and raises `Stopped`; asked twice, it stops at once.
+    sample, closes the partial traces and raises `Stopped`; asked twice, it stops at once. `stopping` is for those who
+    ask it in another way than by a signal to this process.
     """
     if seed is not None:
         recipe = recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"seed": seed})})
@@ -184,7 +186,7 @@ def run(
     warned: set[str] = set()
     notes: list[str] = []
     with ExitStack() as stack:
-        stopping = stack.enter_context(Stopping())
+        stopping = stack.enter_context(Stopping()) if stopping is None else stopping
         writers = [
             stack.enter_context(
                 open_writer(

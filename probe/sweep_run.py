@@ -21,6 +21,7 @@ from probe.errors import ProbeError
 from probe.failures import free_memory, is_out_of_memory, reason_of
 from probe.recipe import Recipe
 from probe.runner import OnProgress, pick_device, run
+from probe.stopping import Stopping
 from probe.summary import Row, summarise
 from probe.sweep import Cell, Group, Unit, cells_of, check_cells, is_done, units_of
 from probe.trace import merge, open_trace
@@ -71,14 +72,20 @@ class Worker:
     """Carries out units one after the other; keeps the last backbone loaded."""
 
     def __init__(
-        self, device: str = "auto", dtype: str = "auto", on_progress: OnProgress | None = None, command: str = ""
+        self,
+        device: str = "auto",
+        dtype: str = "auto",
+        on_progress: OnProgress | None = None,
+        command: str = "",
+        stopping: Stopping | None = None,
     ) -> None:
         self.device, self.dtype, self.on_progress, self.command = device, dtype, on_progress, command
+        self.stopping = stopping
         self._loaded: tuple[str, Backbone] | None = None
 
     def backbone(self, recipe: Recipe) -> Backbone:
         """The recipe's backbone, as the recipe loads it."""
-        key = json.dumps([recipe.backbone, recipe.load], sort_keys=True)
+        key = backbone_key(recipe)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # two may not fit
             free_memory()
@@ -103,6 +110,7 @@ class Worker:
                 picture=False,
                 on_progress=self.on_progress,
                 command=self.command,
+                stopping=self.stopping,
             )
         except Exception as error:
             if isinstance(error.__cause__, Busy):
@@ -116,6 +124,11 @@ class Worker:
         """Every unit in turn."""
         for unit in units:
             yield self(unit, root)
+
+
+def backbone_key(recipe: Recipe) -> str:
+    """The same for recipes that can be run on one loaded backbone."""
+    return json.dumps([recipe.backbone, recipe.load], sort_keys=True)
 
 
 def needs_baseline(cell: Cell) -> bool:

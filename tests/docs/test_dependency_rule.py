@@ -163,6 +163,7 @@ def test_each_library_has_its_place() -> None:
     assert users("av") == {"data.video"}
     assert users("datasets") == {"data.hub"}
     assert users("lmms_eval") == {"data.harness", "lmms", "lmms_adapter", "lmms_score"}
+    assert users("ray") == {"sweep_ray"}
     assert all(n == "attend" or n.startswith(("backbones.", "zoo.")) for n in users("transformers"))
 
 
