@@ -53,9 +53,8 @@ def summarise(paths: Sequence[Path], labels: Sequence[str]) -> tuple[Row, ...]:
             original = [unpruned_tokens(trace, k) for k in ran]
             retention = [t / n if n else np.nan for t, n in zip(tokens, original, strict=True)]
             scores = trace.array("score")[ran].tolist()
-            seconds, clean, flops = (
-                trace.array(name)[ran] for name in ("seconds_unrecorded", "flops_unrecorded", "flops_total")
-            )
+            seconds, clean = (trace.array(name)[ran] for name in ("seconds_unrecorded", "flops_unrecorded"))
+            flops = trace.array("flops_total")[ran] if "flops_total" in trace.variables else clean
         rows.append(
             Row(
                 label=label,

@@ -105,6 +105,9 @@ def cells_of(recipe: Recipe) -> list[Cell]:
         raise recipe.fault(("probes",), "with a list of `sweep.recipes` the probes here can only record")
     entries = [(base, Entry(recipe=base.name), ("sweep",))] if not sweep.recipes else _loaded(recipe, sweep)
     _dials_are_used(recipe, sweep, [loaded for loaded, _, _ in entries])
+    count = len(sweep.backbones or "1") * len(sweep.data or "1") * len(sweep.seeds or "1")
+    if count * sum(1 for e in entries for _ in _combinations(e[0], e[1], sweep)) > MOST_CELLS:
+        raise recipe.fault(("sweep",), f"more than {MOST_CELLS:,} runs; leave some values out")
     cells: list[Cell] = []
     for backbone, data, seed in product(
         sweep.backbones or (base.backbone,), sweep.data or (base.data.source,), sweep.seeds or (base.generate.seed,)
@@ -117,8 +120,6 @@ def cells_of(recipe: Recipe) -> list[Cell]:
         for loaded, entry, path in here:
             for dials in _combinations(loaded, entry, sweep):
                 cells.append(_cell(recipe, loaded, entry, path, base, group, dials))
-                if len(cells) > MOST_CELLS:
-                    raise recipe.fault(("sweep",), f"more than {MOST_CELLS:,} runs; leave some values out")
     folders: dict[str, Cell] = {}
     for cell in cells:
         if cell.folder in folders:

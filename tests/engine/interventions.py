@@ -165,14 +165,14 @@ EDITS: dict[str, str] = {
 - name: edit
   at: {site: layer.input, layers: all}
   score: {mass: {queries: answer, projected: true}}
-  select: {threshold: {value: 0.5}}
+  select: {threshold: {value: 0.8}}
   do: skip_layers
 """,
     "withdraw_by_mass": """
 - name: edit
   at: {site: layer.output, layers: all}
   score: {mass: {queries: question}}
-  select: {threshold: {value: 0.5}}
+  select: {threshold: {value: 0.8}}
   do: {withdraw: {lasts: forward}}
 """,
     "when_sure": """

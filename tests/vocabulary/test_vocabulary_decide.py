@@ -69,6 +69,9 @@ class Tokens:
     def spend(self, flops: int) -> None:
         self.spent += flops
 
+    def doubt(self, score: Tensor) -> None:
+        assert not score.isnan().any()
+
     @property
     def attention(self) -> Tensor:
         return self.values["received"].mean(0)

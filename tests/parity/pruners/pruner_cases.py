@@ -155,6 +155,9 @@ class Given:
     def spend(self, flops: int) -> None:
         self.spent += flops
 
+    def doubt(self, score: Tensor) -> None:
+        assert not score.isnan().any()
+
 
 def edit_of(
     select: Any, do: Any = "drop", score: Any = None, *, site: str = "layer.after_attention", layer: Any = 2
