@@ -46,6 +46,7 @@ _BARE_AXIS = "This is a netCDF dimension but not a netCDF variable."
 _SMALL = 16 << 10  # bytes per sample up to which a variable is stored uncompressed
 _SMALL_CHUNK = 4 << 10  # bytes of it in a chunk: several samples, but not many, since each rewrites its chunk
 _LARGEST_CHUNK = 1 << 20
+CHUNK_CACHE = 64 << 10  # bytes that HDF5 keeps of each variable; its 8 MB would fill up over a long run, and save little
 _CHUNK = {"step": 4, "layer": 8, "head": 8}  # places per chunk along these axes; the whole axis along others
 _TYPICAL = {"step": 16, "position": 32}  # a first sample that is shorter must not make small chunks for all others
 _TEXT = h5py.string_dtype("utf-8")
@@ -173,7 +174,7 @@ class TraceWriter:
 
     def _create(self) -> None:
         """The file without samples, and without the declared variables, whose chunks wait for a first sample."""
-        self._h5 = h5 = h5py.File(self._file, "w")
+        self._h5 = h5 = h5py.File(self._file, "w", rdcc_nbytes=CHUNK_CACHE)
         h5.attrs["trace_id"] = np.bytes_(self._token())  # first, to stand in page 0
         attributes = self.header.attributes()
         plots = [v.name for v in self.variables.values() if len(v.dims) >= 2]
@@ -208,7 +209,7 @@ class TraceWriter:
         self._commit()
 
     def _resume(self, source: Path) -> None:
-        self._h5 = h5 = h5py.File(self._file, "r+")
+        self._h5 = h5 = h5py.File(self._file, "r+", rdcc_nbytes=CHUNK_CACHE)
         if _plain(h5.attrs.get("Conventions")) != CONVENTIONS:
             raise ProbeError(f"cannot resume {source}: it is not a trace; remove it or choose another name")
         self._file.token = bytes(h5.attrs["trace_id"])  # the journal belongs to the file, not to this run
