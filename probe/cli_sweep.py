@@ -16,6 +16,7 @@ from probe.errors import ProbeError
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from probe.recipe import Recipe
     from probe.runner import Progress
     from probe.sweep import Unit
     from probe.sweep_run import OnUnit, SweepResult, Workers
@@ -119,13 +120,11 @@ def _note(words: str) -> None:
     err.print(words, highlight=False, markup=False)
 
 
-def _plan(recipe: object, where: Path) -> None:
+def _plan(recipe: Recipe, where: Path) -> None:
     from rich.table import Table
 
-    from probe.recipe import Recipe
     from probe.sweep import cells_of, check_cells, is_done, units_of
 
-    assert isinstance(recipe, Recipe)
     cells = cells_of(recipe)
     check_cells(cells)
     assert recipe.sweep is not None

@@ -244,7 +244,9 @@ def _at(recipe: Recipe, base: Recipe, group: Group) -> Recipe:
     beside = {"limit", *(("config", "split", "columns", "metric") if "hub" in source else ())}
     beside |= {"include_path"} if "lmms_eval" in source else set()
     data = {k: v for k, v in own.items() if k in beside} | source
-    generate = recipe.written("generate") | base.written("generate") | ({"seed": group.seed} if group.seed else {})
+    generate = recipe.written("generate") | base.written("generate")
+    if generate.get("seed", 0) != group.seed:
+        generate["seed"] = group.seed
     changes: dict[str, Any] = {"backbone": group.backbone, "data": data, "generate": generate}
     for key in ("load", "trace", "run"):
         if base.written(key):

@@ -45,6 +45,13 @@ def threads_for(jobs: int) -> int:
     return max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // jobs)
 
 
+def accelerator(number: int, devices: int) -> str:
+    """The accelerator of the process of this number, of those that this one may see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name for name in visible.split(",") if name] or [str(i) for i in range(devices)]
+    return names[number % devices]
+
+
 @contextmanager
 def siblings(jobs: Sequence[Job], folder: Path, threads: int, devices: int) -> Iterator[list[subprocess.Popen[str]]]:
     """The processes of these jobs, beside this one; at the end they are let go, and waited for.
@@ -57,7 +64,7 @@ def siblings(jobs: Sequence[Job], folder: Path, threads: int, devices: int) -> I
         for number, job in enumerate(jobs, 1):
             own = {"OMP_NUM_THREADS": str(threads)}
             if devices > 1:
-                own["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+                own["CUDA_VISIBLE_DEVICES"] = accelerator(number, devices)
             with open(folder / f"job{number}.log", "w", encoding="utf-8") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "probe.sweep_jobs"],
@@ -66,6 +73,7 @@ def siblings(jobs: Sequence[Job], folder: Path, threads: int, devices: int) -> I
                     stderr=subprocess.STDOUT,
                     env=os.environ | own,
                     text=True,
+                    start_new_session=True,  # Ctrl-C is for this process; a sibling hears of it once, by its input
                 )
             running.append(process)
             assert process.stdin is not None

@@ -62,6 +62,14 @@ def test_a_cell_is_a_recipe_of_its_own_with_the_settings_of_the_sweep_over_its_o
     assert cells["withdrawn layer=3"].probes[:-1] == shipped.probes
 
 
+def test_the_seed_of_a_table_is_that_of_its_runs() -> None:
+    own = GRID.replace("generate: {steps: 4}", "generate: {steps: 4, seed: 5}")
+    for text, seeds in ((own, {0, 7}), (own.replace("  seeds: [0, 7]\n", ""), {5}), (GRID, {0, 7})):
+        cells = cells_of(parse_recipe(text))
+        assert {cell.group.seed for cell in cells} == seeds
+        assert all(cell.recipe.generate.seed == cell.group.seed for cell in cells)
+
+
 def test_a_recipe_is_varied_by_itself() -> None:
     own = load_recipe("prune/fastv").to_yaml() + "sweep: {dial: {keep: [0.5, 0.25], layer: [1, 2]}}\n"
     cells = cells_of(parse_recipe(own))

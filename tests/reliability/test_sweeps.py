@@ -25,6 +25,7 @@ from probe.errors import ProbeError
 from probe.recipe import Recipe, parse_recipe
 from probe.registry import scores
 from probe.sweep import Unit
+from probe.sweep_jobs import accelerator
 from probe.sweep_run import Outcome, SweepResult, Worker, sweep
 from probe.trace import open_trace, verify
 
@@ -279,6 +280,13 @@ def test_processes_of_one_command_share_the_runs(small: Any, undisturbed: SweepR
     ran = CliRunner().invoke(load_cli().app, words, catch_exceptions=False, env={"COLUMNS": "200"})
     assert ran.exit_code == 0 and (out / "job1.log").read_text() == ""
     same_sweeps(out, undisturbed.folder)
+
+
+def test_siblings_take_turns_on_the_accelerators_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [accelerator(i, 2) for i in range(4)] == ["0", "1", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [accelerator(i, 2) for i in range(4)] == ["3", "5", "3", "5"]
 
 
 def test_siblings_end_with_the_process_that_began_them(moody: Any, small: Any, tmp_path: Path) -> None:
