@@ -14,6 +14,7 @@ from probe.backbones.lavida import Lavida
 from probe.backbones.llada_v import LladaV
 from probe.backbones.siglip import siglip_config
 from probe.backbones.tiled import TiledBackbone
+from probe.backbones.tiled_config import tower_named
 from probe.backbones.tiny.files import (
     random_weights,
     save_weights,
@@ -223,19 +224,31 @@ def _write_model(
     dtype: torch.dtype,
 ) -> None:
     """Config, encoder's settings and weights under their published names."""
-    decoder = kind.decoder_config(config, rows, "sdpa")
+    shapes = _shapes(kind, config, vision, rows)
+    weights = random_weights(shapes, seed, kind.decoder_config(config, rows, "sdpa").hidden_size)
+    save_weights(folder, {kind.published_name(n, config): w for n, w in weights.items()}, shards, dtype)
+    write_json(folder / "config.json", config)
+    if vision:
+        write_json(folder / "vision_config.json", vision)
+
+
+def published_shapes(kind: type[TiledBackbone], config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors that a checkpoint with this config has, by their published names; none is allocated."""
+    shapes = _shapes(kind, config, tower_named(config, kind.__name__), int(config["vocab_size"]))
+    return {kind.published_name(name, config): shape for name, shape in shapes.items()}
+
+
+def _shapes(
+    kind: type[TiledBackbone], config: Mapping[str, Any], vision: Mapping[str, Any] | None, rows: int
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model by its own names."""
     with torch.device("meta"):
-        shapes = shapes_of(
+        return shapes_of(
             kind(
-                decoder,
+                kind.decoder_config(config, rows, "sdpa"),
                 siglip_config(vision, "sdpa") if vision else None,
                 facts=ModelFacts("", 0, 0, 0, 0, 0),
                 special=SpecialIds(0, 0, 0, ()),
                 projector_type=config.get("mm_projector_type", "linear"),
             )
         )
-    weights = random_weights(shapes, seed, decoder.hidden_size)
-    save_weights(folder, {kind.published_name(n, config): w for n, w in weights.items()}, shards, dtype)
-    write_json(folder / "config.json", config)
-    if vision:
-        write_json(folder / "vision_config.json", vision)
