@@ -49,7 +49,7 @@ SHAPES: Mapping[str, tuple[Config, Callable[[Config], dict[str, Shape]], str]] =
         {**lavida_config.PUBLISHED_DREAM, "vocab_size": lavida_config.DREAM_TOKENS}, _lavida, "num_hidden_layers"
     ),
     lavida_config.LLADA_NAME: (
-        {**lavida_config.PUBLISHED_LLADA, **dict.fromkeys(("vocab_size", "embedding_size"), lavida_config.LLADA_TOKENS)},
+        lavida_config.PUBLISHED_LLADA | dict.fromkeys(("vocab_size", "embedding_size"), lavida_config.LLADA_TOKENS),
         _lavida,
         "n_layers",
     ),

@@ -91,6 +91,10 @@ class Batch:
     wanted: Tensor
     weight: Tensor
 
+    def to(self, device: str) -> Batch:
+        """The batch on a device, where the features of the shelves are already."""
+        return Batch(self.features, *(x.to(device) for x in (self.questions, self.wanted, self.weight)))
+
 
 class Maker:
     """Draws training batches from the shelves ``scene``, ``page`` and ``brief`` (pages of 1 or 2 lines)."""

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from probe.zoo.tower import SIDE
 
+MOST_LOST = 0.8
 VISUAL = SIDE * SIDE + 2 * SIDE * (2 * SIDE + 1)  # 36 base tokens, and 12 rows of 12 with a newline each: 192
 
 
@@ -42,28 +43,37 @@ def _softmax_values(scores: Tensor, value: Tensor) -> Tensor:
 def _hide_future(scores: Tensor) -> Tensor:
     """(.., length, length), each row without what follows it."""
     length = scores.shape[-1]
-    return scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+    return scores.masked_fill(torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1), -torch.inf)
+
+
+def _hide_lost(scores: Tensor, seen: Tensor | None) -> Tensor:
+    """(batch, heads, rows, keys), without the keys of the prefix, which come first, that are not ``seen``."""
+    if seen is None:
+        return scores
+    lost = F.pad(~seen, (0, scores.shape[-1] - seen.shape[-1]))
+    return scores.masked_fill(lost[:, None, None], -torch.inf)
 
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float, dropout: float = 0.0, packing: Packing | None = None, **kwargs: Any,
+    scaling: float, dropout: float = 0.0, packing: Packing | None = None, seen: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Bidirectional attention, (batch, heads, length, head size) to (batch, length, heads, head size).
 
     With a :class:`Packing` the scores between different groups, and those of the prefix towards groups, are
-    never computed.
+    never computed. ``seen``, bool (batch, prefix), says which of the prefix anything may attend to; None: all of it.
     """
     if packing is None:
-        out = _softmax_values(query @ key.transpose(-1, -2) * scaling, value)
+        out = _softmax_values(_hide_lost(query @ key.transpose(-1, -2), seen) * scaling, value)
         return out.transpose(1, 2).contiguous(), None
     p, shape = packing.prefix, (packing.groups, (query.shape[2] - packing.prefix) // packing.groups)
     hide = _hide_future if packing.causal else lambda scores: scores
-    first = _softmax_values(hide(query[:, :, :p] @ key[:, :, :p].transpose(-1, -2)) * scaling, value[:, :, :p])
+    inside = _hide_lost(hide(query[:, :, :p] @ key[:, :, :p].transpose(-1, -2)), seen)
+    first = _softmax_values(inside * scaling, value[:, :, :p])
     rows = query[:, :, p:]
     own_key, own_value = (x[:, :, p:].unflatten(2, shape) for x in (key, value))
     to_own = hide(rows.unflatten(2, shape) @ own_key.transpose(-1, -2)).flatten(2, 3)
-    scores = torch.cat([rows @ key[:, :, :p].transpose(-1, -2), to_own], -1) * scaling
+    scores = torch.cat([_hide_lost(rows @ key[:, :, :p].transpose(-1, -2), seen), to_own], -1) * scaling
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     own = (weights[..., p:].unflatten(2, shape) @ own_value).flatten(2, 3)
     rest = weights[..., :p] @ value[:, :, :p] + own
@@ -131,21 +141,25 @@ class Miniature(nn.Module):
         text = self.lm.embed_tokens(opening).expand(features.shape[0], -1, -1)
         return torch.cat([text, self.visual(features)], 1)
 
-    def logits(self, prefix: Tensor, groups: Tensor, answer: int, packed: bool, causal: bool = False) -> Tensor:
+    def logits(
+        self, prefix: Tensor, groups: Tensor, answer: int, packed: bool, causal: bool = False,
+        seen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits of the last ``answer`` positions of each group: float32 (batch, groups, answer, vocabulary).
 
         ``groups`` holds token ids (batch, groups, length). Unpacked, there is one group and everything sees
         everything. A group that is nothing but the answer has its first token predicted by the end of the prefix,
-        where predictions are shifted.
+        where predictions are shifted. ``seen``, bool (batch, prefix): what of the prefix is attended to.
         """
         _, count, length = groups.shape
         start = prefix.shape[1]
         hidden = torch.cat([prefix, self.lm.embed_tokens(groups.flatten(1))], 1)
-        positions = torch.cat([torch.arange(start), (start + torch.arange(length)).repeat(count)])[None]
+        places = torch.arange(start + length, device=hidden.device)
+        positions = torch.cat([places[:start], places[start:].repeat(count)])[None]
         rotary = self.lm.rotary_emb(hidden, position_ids=positions)
         packing = Packing(start, count, causal) if packed else None
         for layer in self.lm.layers:
-            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, packing=packing)
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, packing=packing, seen=seen)
         tail = hidden[:, None] if count == 1 else hidden[:, start:].unflatten(1, (count, length))
         tail = tail[:, :, -answer - 1 : -1] if self.shifted else tail[:, :, -answer:]
         return self.lm_head(self.lm.norm(tail)).float()
@@ -164,6 +178,18 @@ def diffusion_loss(logits: Tensor, wanted: Tensor, masked: Tensor, weight: Tenso
         content = masked & (weight == 1)
         right = ((logits.argmax(-1) == wanted) & content).sum(1) / content.sum(1)
     return loss, right
+
+
+def draw_seen(images: int, share: float, generator: torch.Generator) -> Tensor:
+    """Occlusion, bool (images, 192): of a ``share`` of the pictures a random part of the visual tokens is not seen.
+
+    The part is uniform between nothing and four fifths. A token that is not seen has its place and its embedding, but
+    nothing attends to it: what dropping it with positions kept comes to.
+    """
+    lost = torch.rand(images, generator=generator) * MOST_LOST
+    lost *= torch.rand(images, generator=generator) < share
+    order = torch.rand(images, VISUAL, generator=generator).argsort(1).argsort(1)
+    return order >= (lost[:, None] * VISUAL)
 
 
 def draw_masks(samples: int, length: int, generator: torch.Generator, least: float = 0.03) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,10 @@ class Pool:
     pixels: Tensor
     labels: Tensor
 
+    def to(self, device: str) -> Pool:
+        """Pixels and labels on a device."""
+        return Pool(self.pictures, self.pixels.to(device), self.labels.to(device))
+
 
 def render(kind: Kind, seeds: range, lines: tuple[int, int] = (3, LINES)) -> Pool:
     """Draw the pictures of some seeds, cut them into views, and label their patches."""
@@ -152,7 +156,7 @@ class Teacher(nn.Module):
         words, row, column = (x.float() for x in self.logits(feature))
         first, second = labels[..., 0], labels[..., 1]
         taught = first > -2
-        spare = torch.zeros(*words.shape[:-1], words.shape[-1] + 1)  # the last column takes what names nothing
+        spare = words.new_zeros(*words.shape[:-1], words.shape[-1] + 1)  # the last column takes what names nothing
         wanted = spare.scatter_(-1, torch.where(labels[..., :2] >= 0, labels[..., :2], words.shape[-1]), 1.0)[..., :-1]
         pairs = F.binary_cross_entropy_with_logits(words, wanted, reduction="none").sum(-1)
         there = labels[..., 2] >= 0
@@ -185,7 +189,7 @@ def train(
     compiled: bool,
 ) -> Iterator[tuple[int, float, dict[str, float]]]:
     """Train the tower in place (it ends in bfloat16); yields (step, loss, accuracies) after every step."""
-    teacher = Teacher(tower.config.hidden_size)
+    teacher = Teacher(tower.config.hidden_size).to(tower.device)
     named = [*tower.named_parameters(), *((f"teacher.{n}", p) for n, p in teacher.named_parameters())]
     named = [(n, p) for n, p in named if "post_layernorm" not in n]
     trainer = MixedTrainer(named, is_block_matrix, muon=2e-3, adamw=2e-3)

@@ -1,4 +1,4 @@
-"""Trains a miniature on the CPU: ``python -m probe.zoo.train --kind KIND --out FOLDER``.
+"""Trains a miniature: ``python -m probe.zoo.train --kind KIND --out FOLDER``.
 
 Three stages: the vision tower (taught patch by patch, or distilled from the first miniature's; then frozen), the cache
 of its features, and the language model with projector and newline embedding. ``--kind`` says which (`kinds`):
@@ -15,10 +15,12 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import SiglipVisionModel
 
@@ -30,7 +32,7 @@ from probe.zoo.export import TOWER_PREFIX
 from probe.zoo.export_contrast import llava_weights
 from probe.zoo.kinds import KINDS, SMOKE, Kind, Plan, Size
 from probe.zoo.measure import mean_scores
-from probe.zoo.model import Miniature, diffusion_loss, draw_masks
+from probe.zoo.model import Miniature, diffusion_loss, draw_masks, draw_seen
 from probe.zoo.tokenizer import PICTURE, build
 from probe.zoo.world import TRAIN_SEEDS
 
@@ -65,14 +67,14 @@ def shipped_tower() -> SiglipVisionModel:
     return tower
 
 
-def _tower(kind: Kind, size: Size, pools: dict[str, towers.Pool], work: Path, seed: int) -> towers.Tower:
+def _tower(kind: Kind, size: Size, pools: dict[str, towers.Pool], work: Path, seed: int, device: str) -> towers.Tower:
     """The trained tower in bfloat16: read from the work folder if it is there, else trained and written."""
     torch.manual_seed(seed)
 
     def fresh() -> towers.Tower:
         if kind.tower is None:
-            return SiglipVisionModel(towers.config(size.tower_width, size.tower_layers))
-        return kind.tower(shipped_tower(), seed)
+            return _on(SiglipVisionModel(towers.config(size.tower_width, size.tower_layers)), device)
+        return _on(kind.tower(shipped_tower(), seed), device)
 
     model, saved = fresh(), work / "tower.pt"
     if not saved.exists():
@@ -86,8 +88,13 @@ def _tower(kind: Kind, size: Size, pools: dict[str, towers.Pool], work: Path, se
         torch.save(model.state_dict(), saved.with_suffix(".partial"))
         os.replace(saved.with_suffix(".partial"), saved)
         model = fresh()
-    torch.nn.Module.to(model, torch.bfloat16).load_state_dict(torch.load(saved, weights_only=True))
+    _on(model, torch.bfloat16).load_state_dict(torch.load(saved, map_location=device, weights_only=True))
     return model.requires_grad_(False)
+
+
+def _on(model: Any, where: str | torch.dtype) -> Any:
+    """A module on a device or in a type; transformers' own `to` is not typed as one."""
+    return torch.nn.Module.to(model, where)
 
 
 def _teach(
@@ -99,27 +106,35 @@ def _teach(
         taught = [pools["scene"], pools["codes"]]
         yield from towers.train(cast(SiglipVisionModel, model), taught, steps, batch, generator, compiled)
         return
-    teacher = torch.nn.Module.to(shipped_tower(), torch.bfloat16).requires_grad_(False)
+    teacher = _on(_on(shipped_tower(), torch.bfloat16), str(model.device)).requires_grad_(False)
     shown = [pools["scene"], pools["page"], pools["codes"]]
     for step, loss in distil.distil(model, teacher, shown, steps, batch, generator, compiled, kind.tower_muon):
         yield step, loss, {}
 
 
 def _learn(
-    model: Miniature, prompts: Prompts, batch: Batch, plan: Plan, generator: torch.Generator
+    model: Miniature, prompts: Prompts, batch: Batch, plan: Plan, generator: torch.Generator, occluded: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One forward: the loss, and per sample the mask ratio and the accuracy on predicted content."""
     images, groups, answer = batch.wanted.shape
+    device = batch.features.device
     wanted, weight = batch.wanted.flatten(0, 1), batch.weight.flatten(0, 1)
     if plan.causal:  # every token is predicted from those before it
         t, masked, visible = torch.ones(images * groups), torch.ones_like(wanted, dtype=torch.bool), batch.wanted
     else:
         t, masked = draw_masks(images * groups, answer, generator)
+        masked = masked.to(device)
         visible = torch.where(masked, prompts.mask, wanted).view(images, groups, answer)
     prefix, rows = model.prefix(batch.features, prompts.opening), torch.cat([batch.questions, visible], -1)
     if plan.apart:
         prefix, rows = torch.cat([prefix, model.lm.embed_tokens(batch.questions[:, 0])], 1), visible
-    logits = model.logits(prefix, rows, answer, plan.packed, plan.causal)
+    seen = None
+    if occluded:
+        picture = draw_seen(images, occluded, generator).to(device)
+        opening = prompts.opening.shape[0]
+        behind = prefix.shape[1] - opening - picture.shape[1]
+        seen = F.pad(F.pad(picture, (opening, 0), value=True), (0, behind), value=True)
+    logits = model.logits(prefix, rows, answer, plan.packed, plan.causal, seen)
     loss, right = diffusion_loss(logits.flatten(0, 1), wanted, masked, weight)
     return loss, t, right
 
@@ -127,13 +142,18 @@ def _learn(
 class Run:
     """A training of the language model that can be saved and taken up again."""
 
-    def __init__(self, kind: Kind, size: Size, out: Path, work: Path, seed: int, start: Path | None = None) -> None:
+    def __init__(
+        self, kind: Kind, size: Size, out: Path, work: Path, seed: int, start: Path | None = None,
+        occluded: float = 0.0, device: str = "cpu",
+    ) -> None:  # fmt: skip
         self.kind, self.size, self.out, self.work = kind, size, out, work
+        self.occluded, self.device = occluded, device
         build(work, kind.spelling)
         self.prompts = Prompts(str(work), kind.spelling)
-        pools = _pools(size.pictures or kind.pictures)
+        self.prompts.opening = self.prompts.opening.to(device)
+        pools = {name: pool.to(device) for name, pool in _pools(size.pictures or kind.pictures).items()}
         _say(f"rendered {sum(len(p.pictures) for k, p in pools.items() if k != 'codes')} pictures")
-        self.tower = _tower(kind, size, pools, work, seed)
+        self.tower = _tower(kind, size, pools, work, seed, device)
         shelves = {k: Shelf(p.pictures, towers.encode(self.tower, p.pixels)) for k, p in pools.items() if k != "codes"}
         del pools
         _say("cached the tower's features")
@@ -143,13 +163,14 @@ class Run:
         self.model = Miniature(self.config, self.tower.config.hidden_size)
         if start is not None:
             self.model.load_state_dict(llava_weights(start, list(self.model.state_dict())))
+        self.model.to(device)
         self.trainer = MixedTrainer(
             self.model.named_parameters(), lambda name, p: p.dim() == 2 and ".layers." in name, kind.muon, kind.adamw
         )
         self.maker = Maker(self.prompts, shelves, self.generator)
         self.step, self.seconds = 0, 0.0
         if (work / "state.pt").exists():
-            self._load(torch.load(work / "state.pt", weights_only=True))
+            self._load(torch.load(work / "state.pt", map_location=device, weights_only=True))
         if size.compiled:
             self.model.compile_layers()
 
@@ -174,7 +195,8 @@ class Run:
         ids = {"bos": prompts.bos, "eos": prompts.eos, "mask": prompts.mask, "end": prompts.end}
         ids["picture"] = prompts.id(PICTURE) if PICTURE in prompts.spelling.special else -1
         self.kind.export(
-            self.out, dict(zip(names, self.trainer.masters, strict=True)), self.tower.state_dict(),
+            self.out, dict(zip(names, (m.cpu() for m in self.trainer.masters), strict=True)),
+            {name: value.cpu() for name, value in self.tower.state_dict().items()},
             self.config, self.tower.config, ids, self.work,
         )  # fmt: skip
 
@@ -188,8 +210,9 @@ class Run:
             if progress >= 1:
                 break
             plan = self.kind.plan(self.step, progress, self.size)
-            batch = self.maker.draw(plan.images, plan.groups, plan.long, plan.scenes, plan.brief)
-            loss, t, right = _learn(self.model, self.prompts, batch, plan, self.generator)
+            batch = self.maker.draw(plan.images, plan.groups, plan.long, plan.scenes, plan.brief).to(self.device)
+            loss, t, right = _learn(self.model, self.prompts, batch, plan, self.generator, self.occluded)
+            right = right.cpu()
             loss.backward()
             self.trainer.step(schedule(progress, self.step))
             self.step += 1
@@ -224,15 +247,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (one is fastest on a busy machine)")
     parser.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
     parser.add_argument("--evaluate", type=int, default=64, help="reserved pictures per task in the last report")
+    parser.add_argument(
+        "--occluded", type=float, default=0.0, metavar="SHARE",
+        help="of this share of the pictures hide up to four fifths of the visual tokens (default: none)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where to train: cpu or cuda")
+    parser.add_argument("--eager", action="store_true", help="do not compile the layers")
     parser.add_argument("--smoke", action="store_true", help="a tiny model for a few steps: does the command work?")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if (given.start is None) == (given.kind == "adapted"):
         parser.error("--from FOLDER belongs to --kind adapted, which starts from an autoregressive miniature")
+    if not 0 <= given.occluded <= 1:
+        parser.error(f"--occluded {given.occluded}: a share of the pictures, 0 to 1")
+    if given.occluded and given.kind == "autoregressive":
+        parser.error("--occluded belongs to training by denoising; the autoregressive kind has no such variant")
     kind, size = KINDS[given.kind], SMOKE if given.smoke else Size()
+    if given.eager:
+        size = replace(size, compiled=False)
     work = given.work or given.out.with_name(given.out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
-    run = Run(kind, size, given.out, work, given.seed, given.start)
+    run = Run(kind, size, given.out, work, given.seed, given.start, given.occluded, given.device)
     run.train(given.steps or (40 if given.smoke else kind.steps), given.minutes, given.save_every)
     scores = mean_scores(given.out, 2 if given.smoke else given.evaluate)
     _say("reserved pictures: " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()))

@@ -205,11 +205,15 @@ def test_the_command_trains_one_and_adapts_it(tmp_path: Path, capsys: pytest.Cap
     main(["--out", str(out), "--kind", "adapted", "--from", str(source), "--steps", "8", *few])
     assert capsys.readouterr().out.count("world/describe") == 2
     assert load(source).causal and not load(out).causal
-    main(["--out", str(out), "--kind", "adapted", "--from", str(source), "--steps", "12", *few])
+    more = ["--steps", "12", "--occluded", "0.7", "--eager"]
+    main(["--out", str(out), "--kind", "adapted", "--from", str(source), *more, *few])
     assert "taken up at step 8" in capsys.readouterr().out
 
 
 def test_an_adapted_model_needs_one_to_start_from(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path / "x"), "--kind", "adapted", "--smoke"])
+    for wrong in (["--occluded", "1.5"], ["--occluded", "0.5", "--kind", "autoregressive"]):
+        with pytest.raises(SystemExit):
+            main(["--out", str(tmp_path / "x"), "--smoke", *wrong])
     assert not (tmp_path / "x").exists()

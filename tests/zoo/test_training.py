@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer
@@ -21,6 +22,7 @@ from probe.zoo.model import (
     Packing,
     diffusion_loss,
     draw_masks,
+    draw_seen,
     language_config,
     packed_attention,
 )
@@ -54,6 +56,50 @@ def test_a_group_sees_the_same_packed_and_alone() -> None:
     a, b = (model.logits(prefix, g, 2, packed=True) for g in (groups, changed))
     torch.testing.assert_close(a[:, 0], b[:, 0])
     assert not torch.allclose(a[:, 1], b[:, 1])
+
+
+@pytest.mark.parametrize("packing", [None, Packing(5, 3), Packing(5, 3, causal=True)])
+def test_what_is_not_seen_is_a_key_that_is_not_there(packing: Packing | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 5 + 3 * 4, 8) for _ in range(3))
+    seen = torch.tensor([[True, False, True, True, False], [True] * 5])
+    got, _ = packed_attention(nn.Module(), q, k, v, None, 8**-0.5, packing=packing, seen=seen)
+    other = torch.where(F.pad(seen, (0, 12), value=True)[:, None, :, None], k, 7.0)
+    moved, _ = packed_attention(nn.Module(), q, other, v, None, 8**-0.5, packing=packing, seen=seen)
+    torch.testing.assert_close(moved, got)  # whatever the hidden keys hold
+    everything, _ = packed_attention(nn.Module(), q, k, v, None, 8**-0.5, packing=packing)
+    torch.testing.assert_close(got[1], everything[1])  # a picture of which all is seen
+    assert not torch.allclose(got[0], everything[0])
+    if packing is None:
+        left = F.pad(seen, (0, 12), value=True)[0]
+        scores = q[:1] @ k[:1, :, left].transpose(-1, -2) * 8**-0.5
+        torch.testing.assert_close(got[:1], (scores.softmax(-1) @ v[:1, :, left]).transpose(1, 2))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_occluded_token_changes_nothing(packed: bool) -> None:
+    """Logits do not depend on the embedding of a visual token that is not seen, through all layers."""
+    torch.manual_seed(0)
+    model = Miniature(language_config(20, hidden=16, layers=2, heads=2, mlp=32), 8)
+    prefix, groups = model.prefix(torch.randn(1, 5, 36, 8), torch.arange(3)), torch.randint(0, 20, (1, 1, 6))
+    seen = torch.ones(1, 3 + VISUAL, dtype=torch.bool)
+    seen[0, 3 + 40 :: 3] = False
+    other = torch.where(seen[..., None], prefix, torch.randn_like(prefix))
+    a, b = (model.logits(p, groups, 2, packed=packed, seen=seen) for p in (prefix, other))
+    torch.testing.assert_close(a, b)
+    assert not torch.allclose(a, model.logits(prefix, groups, 2, packed=packed))
+
+
+def test_occlusion_takes_its_share() -> None:
+    seen = draw_seen(4000, 0.7, torch.Generator().manual_seed(0))
+    lost = (~seen).float().mean(1)
+    assert seen.shape == (4000, VISUAL)
+    assert (lost > 0).float().mean().item() == pytest.approx(0.7, abs=0.03)
+    assert lost[lost > 0].mean().item() == pytest.approx(0.4, abs=0.02)  # uniform up to four fifths
+    assert lost.max().item() <= 0.8 + 1 / VISUAL
+    each = (~seen).float().mean(0)
+    assert (each - 0.28).abs().max().item() < 0.04  # no place is spared
+    assert draw_seen(9, 0.0, torch.Generator()).all()
 
 
 def test_visual_span_is_base_view_then_raster_rows_each_closed_by_a_newline() -> None:
