@@ -40,8 +40,8 @@ class Answer:
 class Finished:
     """One trace. Shares are from 0 to 1.
 
-    `unpruned`: nothing intervened. `keep`: nominal retention, what the recipe's dial says, else the smallest share of
-    the visual tokens in any layer and step. `start`: share of the steps before the intervention. `kept`: mean share of
+    `unpruned`: nothing intervened. `keep`: nominal retention, what the recipe's dial says, 0 where it selects `none`,
+    else the smallest share of the visual tokens in any layer and step. `start`: share of the steps before the intervention. `kept`: mean share of
     the visual tokens over layers and steps, which is what the run cost. `totals`: numbers of a harness by task.
     """
 
@@ -88,6 +88,8 @@ def finished(trace: Trace) -> Finished:
     edits = [probe for probe in recipe.probes if probe.do is not None]
     whole, least, first = _retention(trace, rows)
     keep = stated_keep(recipe.dial)
+    if keep is None and any(probe.select is not None and probe.select.name == "none" for probe in edits):
+        keep = 0.0
     if keep is None:
         keep = next((ratio for ratio in RATIOS if abs(ratio - least) <= SNAP), least)
     unpruned = not edits or keep == 1.0
@@ -124,7 +126,8 @@ def stated_keep(dials: Mapping[str, Any]) -> float | None:
 
 
 def _retention(trace: Trace, rows: list[int]) -> tuple[float, float, float]:
-    """Means over samples: share over layers and steps; smallest share; share of the steps before the first loss."""
+    """Means over samples: share over layers and steps; and over those that lost a token, for an answer may end before a
+    pruner comes: the smallest share; share of the steps before the first loss."""
     if "visual_tokens" not in trace.variables:
         return float("nan"), float("nan"), 0.0
     whole, least, first = [], [], []
@@ -133,12 +136,12 @@ def _retention(trace: Trace, rows: list[int]) -> tuple[float, float, float]:
         if not total or not counts.size:
             continue
         whole.append(counts.mean() / total)
-        least.append(counts.min() / total)
         place = first_intervened(None, counts, total)
         if place is not None:
             first.append(place / len(counts))
-    mean = [float(np.mean(x)) if x else float("nan") for x in (whole, least)]
-    return mean[0], mean[1], float(np.mean(first)) if first else 0.0
+            least.append(counts.min() / total)
+    share = float(np.mean(whole)) if whole else float("nan")
+    return share, float(np.mean(least)) if least else min(share, 1.0), float(np.mean(first)) if first else 0.0
 
 
 def _start(steps: Steps, measured: float, trace: Trace, rows: list[int]) -> float:

@@ -232,3 +232,13 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="there is no folder"):
         in_folder(tmp_path / "none")
     assert in_folder(tmp_path) == []
+
+
+def test_answers_that_end_before_a_pruner_comes_are_its_row_all_the_same(tmp_path: Path) -> None:
+    """Nothing was withdrawn from them, which is no reason to take the run for an unpruned one or for a milder one."""
+    _trace(tmp_path / "none.trace.h5", {"gqa": [1]})
+    _trace(tmp_path / "a.trace.h5", {"gqa": [1]}, "vtw", sets=["start=50%"], counts=((8, 8), (8, 0)))
+    _trace(tmp_path / "b.trace.h5", {"gqa": [0.5]}, "vtw", sets=["start=75%"], counts=((8, 8), (8, 8)))
+    (table,) = _of(tmp_path)
+    assert [section.title for section in table.sections] == ["", "Retention ratio = 0%"]
+    assert [cell.ours.value for cell in _rows(table)["VTW"].cells] == [100, 50]
