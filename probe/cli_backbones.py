@@ -15,17 +15,30 @@ app = typer.Typer()
 @app.command()
 def backbones() -> None:
     """List the backbones by name, and the tasks that come with the project."""
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    from probe.backbones import known_backbones
+    from probe.backbones import INSTALLED, known_backbones
     from probe.data import tasks
 
-    name = Column("backbone", no_wrap=True)
-    table = Table(name, "layers", "width", "vocabulary", "what it is", box=None, pad_edge=False)
+    left, right = {"no_wrap": True}, {"no_wrap": True, "justify": "right"}
+    heads = [("backbone", left), ("layers", right), ("width", right), ("vocabulary", right), ("kind", left)]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for head, look in heads:
+        table.add_column(head, **look)  # type: ignore[arg-type]
+    kinds = {}
     for info in known_backbones():
-        table.add_row(info.name, str(info.layers), str(info.width), str(info.vocabulary), info.about)
+        kind, _, words = info.about.removeprefix(INSTALLED).partition(": ")
+        kinds[kind] = words
+        table.add_row(info.name, str(info.layers), str(info.width), f"{info.vocabulary:,}", kind)
     out.print(table)
-    out.print("\nAny folder or Hub id with a checkpoint in one of these layouts works as well.")
+    about = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1, 0, 0))
+    about.add_column(no_wrap=True)
+    for kind, words in kinds.items():
+        about.add_row(kind, words)
+    out.print()
+    out.print(about)
+    out.print("\nThe miniatures are installed with the package; the others come from the Hugging Face Hub.")
+    out.print("Any folder or Hub id with a checkpoint in one of these layouts works as well.")
     out.print("Tasks: " + ", ".join(tasks()))
 
 

@@ -29,11 +29,15 @@ class _Simple(lmms):
 
     def loglikelihood(self, requests: Any) -> Any:
         """Not to be had from a denoised answer."""
-        raise NotImplementedError("likelihoods of given answers; use a task that generates")
+        raise ProbeError(
+            "this task asks for likelihoods of given answers, which denoising does not give; use a task that generates"
+        )
 
     def generate_until_multi_round(self, requests: Any) -> Any:
         """Not done: every sample is one question."""
-        raise NotImplementedError("several rounds of generation; use a task with one")
+        raise ProbeError(
+            "this task asks in several rounds; probe answers one question a sample, so use a task with one"
+        )
 
 
 class Probe(_Simple):

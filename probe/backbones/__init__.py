@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from probe.site import ModelFacts
 
 backbones = Registry("backbone")
+INSTALLED = "Installed with the package. "
+"""What the description of an embedded checkpoint begins with."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def _named(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str
 def known_backbones() -> list[KnownBackbone]:
     """The checkpoints that have a name of their own: the embedded ones, then the published ones."""
     embedded = [n for n, folder in EMBEDDED.items() if folder.is_dir()]
-    found = [(n, f"Installed with the package. {adapter_of(resolve(n)).summary}") for n in embedded]
+    found = [(n, f"{INSTALLED}{adapter_of(resolve(n)).summary}") for n in embedded]
     found += [(p.name, entry.summary) for entry in backbones for p in entry.meta.get("published", ())]
     sizes = [(about, facts_of(name)) for name, about in found]
     return [KnownBackbone(f.name, f.layers, f.width, f.vocabulary, about) for about, f in sizes]

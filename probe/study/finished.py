@@ -41,8 +41,9 @@ class Finished:
     """One trace. Shares are from 0 to 1.
 
     `unpruned`: nothing intervened. `keep`: nominal retention, what the recipe's dial says, 0 where it selects `none`,
-    else the smallest share of the visual tokens in any layer and step. `start`: share of the steps before the intervention. `kept`: mean share of
-    the visual tokens over layers and steps, which is what the run cost. `totals`: numbers of a harness by task.
+    else the smallest share of the visual tokens in any layer and step. `start`: share of the steps before the
+    intervention. `kept`: mean share of the visual tokens over layers and steps, which is what the run cost. `totals`:
+    numbers of a harness by task.
     """
 
     path: Path
