@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from probe import cli_backbones, cli_study, cli_sweep, cli_tools, cli_traces
+from probe import cli_backbones, cli_bench, cli_study, cli_sweep, cli_tools, cli_traces
 from probe.cli_common import (
     BackboneOption,
     PluginOption,
@@ -168,6 +168,7 @@ app.add_typer(cli_tools.app)
 app.add_typer(cli_backbones.app)
 app.add_typer(cli_traces.app)
 app.add_typer(cli_study.app)
+app.add_typer(cli_bench.app)
 
 
 class _Display:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2
 """By type: how far recorded values of two ways may differ, as a share of the largest of them."""
 
 
-def same_tokens(row: str, first: str, ours: Sequence[Any], second: str, theirs: Sequence[Any]) -> str:
+def same_tokens(row: str, first: str, ours: Any, second: str, theirs: Any) -> str:
     """What was compared; raises `ProbeError` where two sides' tokens differ, with the first place."""
     a, b = np.asarray(ours), np.asarray(theirs)
     if a.shape != b.shape:

@@ -91,5 +91,3 @@ def run_published(bench: Bench) -> list[Line]:
             numbers={"seconds": turns.seconds("ours").median, "seconds_published": turns.seconds("theirs").median},
         )
     ]
-
-
