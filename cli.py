@@ -21,6 +21,7 @@ from probe.cli_common import (
     RecipeArgument,
     SetOption,
     err,
+    importing,
     out,
     recipe_of,
     shard_of,
@@ -130,11 +131,12 @@ def check(
     ] = None,
 ) -> None:
     """Say in words what a recipe will do on a backbone, and what it will leave, without loading its weights."""
-    from probe.backbones import facts_of, visual_count
-    from probe.composition import check_without_weights
-    from probe.explain import explain
-    from probe.outlook import outlook
-    from probe.plugins import load_plugins
+    with importing():
+        from probe.backbones import facts_of, visual_count
+        from probe.composition import check_without_weights
+        from probe.explain import explain
+        from probe.outlook import outlook
+        from probe.plugins import load_plugins
 
     load_plugins(plugin or [])
     loaded = recipe_of(recipe, sets, backbone=backbone)

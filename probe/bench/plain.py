@@ -1,7 +1,8 @@
 """Denoising loops as one would write them in plain PyTorch: what the engine is compared with.
 
 They call the backbone's decoder and head, and nothing else of this package: no canvas, no layout, no hooks, no
-attention function that looks at rows. One sample, one block, the same number of tokens in every step, most confident first.
+attention function that looks at rows. One sample, one block, the same number of tokens in every step, most confident
+first.
 """
 
 from __future__ import annotations
