@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,20 @@ def same_tokens(row: str, first: str, ours: Any, second: str, theirs: Any) -> st
             f"(step, slot), {second} has {b[at]}; {int((a != b).sum())} of {a.size} differ"
         )
     return "tokens of every step"
+
+
+def same_answer(row: str, first: str, ours: Mapping[str, Any], second: str, theirs: Any, tolerance: float) -> str:
+    """What was compared: tokens, and the confidence of every open slot at every step.
+
+    `ours` are a run's arrays, `theirs` likewise or a plain loop's `Looked`. Raises `ProbeError` where they differ.
+    """
+    if isinstance(theirs, Mapping):
+        tokens, confidence = theirs["token"], theirs["confidence"]
+    else:
+        tokens, confidence = theirs.tokens, np.stack([c.cpu().numpy() for c in theirs.confidence])
+    same_tokens(row, first, ours["token"], second, tokens)
+    same_values(row, f"confidence of {first} and {second}", ours["confidence"], confidence, tolerance)
+    return f"tokens; confidence within {tolerance:g}" if tolerance else "tokens and confidence, bit for bit"
 
 
 def same_values(row: str, name: str, ours: Any, theirs: Any, tolerance: float) -> str:

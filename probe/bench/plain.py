@@ -24,12 +24,14 @@ Tokens = list[list[int]]
 
 @dataclass
 class Looked:
-    """A loop's tokens, and what it recorded: `(step, layer, segment)`, `(step, layer, visual)`, `(step, slot)`."""
+    """A loop's tokens and confidence `(step, slot)`, NaN where a slot is not open, and what it recorded beside them:
+    `(step, layer, segment)`, `(step, layer, visual)`, `(step, slot)`.
+    """
 
     tokens: Tokens = field(default_factory=list)
+    confidence: list[Tensor] = field(default_factory=list)
     mass: list[list[Tensor]] = field(default_factory=list)
     importance: list[list[Tensor]] = field(default_factory=list)
-    confidence: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
 
 
@@ -61,19 +63,23 @@ class _Answer:
         """`(n,)`: the slots that are masked."""
         return (self.tokens == self.mask).nonzero()[:, 0]
 
-    def commit(self, at: Tensor, candidate: Tensor, sure: Tensor, count: int) -> list[int]:
-        """Write the `count` most confident candidates of slots `at`; the answer as it is then."""
+    def commit(self, at: Tensor, candidate: Tensor, sure: Tensor, count: int, out: Looked) -> None:
+        """Write the `count` most confident candidates of slots `at`, and note the answer as it is then."""
         best = sure.sort(descending=True, stable=True).indices[:count]
         self.tokens[at[best]] = candidate[best]
         self.embeds[0, self.first + at[best]] = self.model.embed(candidate[best])
-        return cast("list[int]", self.tokens.tolist())
+        out.tokens.append(cast("list[int]", self.tokens.tolist()))
+        out.confidence.append(self.everywhere(at, sure))
+
+    def everywhere(self, at: Tensor, values: Tensor) -> Tensor:
+        """`(slots,)` float64: values of slots `at`, NaN elsewhere."""
+        return values.new_full(self.tokens.shape, torch.nan, dtype=torch.float64).index_copy(0, at, values.double())
 
 
 @torch.inference_mode()
-def minimal(model: Backbone, prompt: Prompt, slots: int, steps: int) -> Tokens:
+def minimal(model: Backbone, prompt: Prompt, slots: int, steps: int) -> Looked:
     """The loop and nothing beside it: open rows meet the head, softmax in float64."""
-    answer = _Answer(model, prompt, slots)
-    out = []
+    answer, out = _Answer(model, prompt, slots), Looked()
     for count in even(slots, steps):
         hidden = answer.hidden().last_hidden_state
         at = answer.open()
@@ -81,15 +87,14 @@ def minimal(model: Backbone, prompt: Prompt, slots: int, steps: int) -> Tokens:
         logits[:, answer.banned] = -torch.inf
         candidate = logits.argmax(-1)
         sure = logits.double().softmax(-1).gather(1, candidate[:, None])[:, 0]
-        out.append(answer.commit(at, candidate, sure, count))
+        answer.commit(at, candidate, sure, count, out)
     return out
 
 
 @torch.inference_mode()
-def published(model: Backbone, prompt: Prompt, slots: int, steps: int) -> Tokens:
+def published(model: Backbone, prompt: Prompt, slots: int, steps: int) -> Looked:
     """The same as the published loops do it: every row of the sequence through the head, float64 softmax of all."""
-    answer = _Answer(model, prompt, slots)
-    out = []
+    answer, out = _Answer(model, prompt, slots), Looked()
     for count in even(slots, steps):
         hidden = answer.hidden().last_hidden_state
         logits = model.head(hidden)
@@ -98,7 +103,7 @@ def published(model: Backbone, prompt: Prompt, slots: int, steps: int) -> Tokens
         sure = logits.double().softmax(-1).gather(-1, candidate[..., None])[0, :, 0]
         at = answer.open()
         rows = answer.first + at - model.shift
-        out.append(answer.commit(at, candidate[0, rows], sure[rows], count))
+        answer.commit(at, candidate[0, rows], sure[rows], count, out)
     return out
 
 
@@ -125,23 +130,19 @@ def eager(model: Backbone, prompt: Prompt, slots: int, steps: int) -> Looked:
             candidate = logits.argmax(-1)
             sure = logits.double().softmax(-1).gather(1, candidate[:, None])[:, 0]
             log_p = logits.log_softmax(-1)
-            nan = sure.new_full((slots,), torch.nan)
-            out.confidence.append(nan.index_copy(0, at, sure))
-            entropy = -(log_p.exp() * log_p.where(log_p > -torch.inf, 0)).sum(-1)
-            out.entropy.append(nan.index_copy(0, at, entropy.double()))
-            out.tokens.append(answer.commit(at, candidate, sure, count))
+            out.entropy.append(answer.everywhere(at, -(log_p.exp() * log_p.where(log_p > -torch.inf, 0)).sum(-1)))
+            answer.commit(at, candidate, sure, count, out)
     return out
 
 
 @torch.inference_mode()
-def without(model: Backbone, prompt: Prompt, slots: int, steps: int, there: Tensor, *, compact: bool) -> Tokens:
+def without(model: Backbone, prompt: Prompt, slots: int, steps: int, there: Tensor, *, compact: bool) -> Looked:
     """The loop on a sequence that visual tokens are cut out of by hand, layer by layer.
 
     `there (step, layer, visual)` bool says which tokens each layer computes. A row that leaves is gone for the rest of
     its forward; `compact` numbers the positions anew where rows are missing from the first layer on.
     """
-    answer = _Answer(model, prompt, slots)
-    out, device = [], prompt.embeds.device
+    answer, out, device = _Answer(model, prompt, slots), Looked(), prompt.embeds.device
     index = torch.cat([prompt.visual, prompt.visual.new_full((slots,), -1)])
     for step, count in enumerate(even(slots, steps)):
         seen = [(index < 0) | there[step, i].to(device)[index.clamp(min=0)] for i in range(there.shape[1])]
@@ -163,7 +164,7 @@ def without(model: Backbone, prompt: Prompt, slots: int, steps: int, there: Tens
         logits[:, answer.banned] = -torch.inf
         candidate = logits.argmax(-1)
         sure = logits.double().softmax(-1).gather(1, candidate[:, None])[:, 0]
-        out.append(answer.commit(at, candidate, sure, count))
+        answer.commit(at, candidate, sure, count, out)
     return out
 
 

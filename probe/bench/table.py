@@ -60,12 +60,12 @@ def not_measured(lines: Sequence[Line]) -> list[Line]:
     return out
 
 
-def _value(line: Line) -> str:
+def _value(line: Line, between: str = " ") -> str:
     if line.value is None:
         return "not measured"
     unit, v = line.target.unit, line.value
     number = written(v.median, unit)
-    return f"{number} ({written(v.low, unit)} … {written(v.high, unit)})" if v.n > 1 else number
+    return f"{number}{between}({written(v.low, unit)} … {written(v.high, unit)})" if v.n > 1 else number
 
 
 def _met(line: Line) -> str:
@@ -81,14 +81,14 @@ def render(lines: Sequence[Line], told: dict[str, str]) -> Table:
         "process's processor time; a row whose outputs differ is an error, not a number",
         caption_justify="left",
     )
-    for column in ("row", "what", "target", "measured", "CPU", "met", "outputs equal"):
-        table.add_column(column, no_wrap=column in ("row", "target", "met"))
+    for column in ("row", "what", "target", "measured", "CPU", "met"):
+        table.add_column(column, no_wrap=column != "what")
     for line in lines:
-        equal = f"yes: {line.equal}" if line.equal else ""
         cpu = "" if line.cpu is None else written(line.cpu.median, line.target.unit)
-        what = line.what + (f"\n[dim]{line.note}[/]" if line.note else "")
+        below = [line.note, f"outputs equal: yes ({line.equal})" if line.equal else ""]
+        what = "\n".join([line.what, *(f"[dim]{text}[/]" for text in below if text)])
         style = "bold red" if line.met is False else None
-        table.add_row(line.row, what, str(line.target), _value(line), cpu, _met(line), equal, style=style)
+        table.add_row(line.row, what, str(line.target), _value(line, "\n"), cpu, _met(line), style=style)
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from probe.bench.equality import same_tokens
+from probe.bench.equality import TOLERANCE, same_answer
 from probe.bench.line import Line, Target
 from probe.bench.shapes import NOTHING, Bench
 from probe.bench.turns import take_turns
@@ -29,8 +29,9 @@ def run(bench: Bench) -> list[Line]:
 
     def check(results: Mapping[str, Any]) -> str:
         pairs = zip(results["together"], results["alone"], strict=True)
-        told = [same_tokens("batch", "the batch", a.arrays["token"], "one by one", b.arrays["token"]) for a, b in pairs]
-        return f"{told[0]} of {len(told)} samples"
+        tolerance = TOLERANCE[bench.dtype]
+        told = [same_answer("batch", "the batch", a.arrays, "one by one", b.arrays, tolerance) for a, b in pairs]
+        return f"{told[0]}, {len(told)} samples"
 
     turns = take_turns({"alone": alone, "together": together}, bench.repeats, check)
     return [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from probe.bench import plain
-from probe.bench.equality import same_tokens
+from probe.bench.equality import TOLERANCE, same_answer
 from probe.bench.line import Line, Target
 from probe.bench.shapes import Bench
 from probe.bench.turns import take_turns
@@ -37,7 +37,8 @@ def _loop(bench: Bench, row: str, what: str, target: Target) -> Line:
     model, shape, prompt = bench.model, bench.shape, bench.prompt()
 
     def check(results: Mapping[str, Any]) -> str:
-        return same_tokens(row, "the engine", results["engine"].arrays["token"], "the loop", results["by hand"])
+        ours, theirs = results["engine"].arrays, results["by hand"]
+        return same_answer(row, "the engine", ours, "the loop", theirs, TOLERANCE[bench.dtype])
 
     turns = take_turns(
         {
@@ -69,7 +70,8 @@ def run_published(bench: Bench) -> list[Line]:
     model, shape, prompt = bench.model, bench.shape, bench.prompt()
 
     def check(results: Mapping[str, Any]) -> str:
-        return same_tokens("published", "the engine", results["ours"].arrays["token"], "theirs", results["theirs"])
+        ours, theirs = results["ours"].arrays, results["theirs"]
+        return same_answer("published", "the engine", ours, "theirs", theirs, TOLERANCE[bench.dtype])
 
     turns = take_turns(
         {

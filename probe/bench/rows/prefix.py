@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from probe.bench import plain
-from probe.bench.equality import same_tokens
+from probe.bench.equality import TOLERANCE, same_answer
 from probe.bench.line import Line, Target
 from probe.bench.shapes import NOTHING, Bench, table_of
 from probe.bench.turns import take_turns
@@ -31,8 +31,8 @@ def run(bench: Bench) -> list[Line]:
         told = []
         with plain.kernel(model, "probe_eager"):
             for side, with_table in (("uncut", NOTHING), ("cut", table)):
-                again = answer(with_table).arrays["token"]
-                told.append(same_tokens("prefix", side, results[side].arrays["token"], "the eager kernel", again))
+                again, tolerance = answer(with_table).arrays, TOLERANCE[bench.dtype]
+                told.append(same_answer("prefix", side, results[side].arrays, "the eager kernel", again, tolerance))
         return told[0] + " (eager kernel)"
 
     turns = take_turns({"uncut": lambda: answer(NOTHING), "cut": lambda: answer(table)}, bench.repeats, check)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 
 from probe.backbones.base import Backbone
 from probe.bench import plain
-from probe.bench.equality import same_tokens
+from probe.bench.equality import TOLERANCE, same_answer
 from probe.bench.line import Line, Target
 from probe.bench.shapes import ENCODER_LAYERS, PATCH, Bench, table_of
 from probe.bench.turns import Spread, Turns, spread, take_turns
@@ -106,28 +106,32 @@ def run(bench: Bench) -> list[Line]:
 
 
 def run_pruner(bench: Bench) -> list[Line]:
-    """The share of each run that the recipe's probes take."""
-    return [
-        Line(
-            row="pruner",
-            what=f"{m.name} from {m.start:.0%} of the steps: time in the pruner, of the run",
-            target=PRUNER,
-            value=m.spent,
-            equal=m.turns.equal,
-            shape=m.shape,
-        )
-        for m in measured(bench)
-    ]
+    """The share of each run that the recipe's probes take, pruned from the first step on: the largest it gets."""
+    out = [_in_pruner(bench, case) for case in CASES]
+    if bench.published is None:
+        found = measured(replace(bench, shape=bench.sized(steps=2)), only_tome=True)
+        out += [_spent(m.name, m.spent, m.turns.equal, m.shape) for m in found]
+    return out
 
 
-def measured(bench: Bench) -> list[Measured]:
-    """Every pruner, measured once for both rows."""
-    if "pruners" not in bench.memo:
-        found = [m for case in CASES for m in _one(bench, case)]
-        if bench.published is None:
-            found += _tome(bench)
-        bench.memo["pruners"] = found
-    return list(bench.memo["pruners"])
+def _in_pruner(bench: Bench, case: Case) -> Line:
+    table = table_of(bench.model, case.recipe, case.dials(0.0, bench.shape.steps))
+    equal = _check(bench, case, table, bench.answer(table))
+    shares = spread([share_of_probe(bench.answer(table)) for _ in range(bench.repeats)])
+    return _spent(case.name, shares, equal, bench.told())
+
+
+def _spent(name: str, shares: Spread, equal: str, shape: str) -> Line:
+    what = f"{name} at keep {KEEP} from the first step on: time in the pruner, of the run"
+    return Line("pruner", what, PRUNER, shares, equal=equal, shape=shape)
+
+
+def measured(bench: Bench, *, only_tome: bool = False) -> list[Measured]:
+    """Every pruner; ToMe in the encoder, which has no steps, once for both rows."""
+    if "tome" not in bench.memo and bench.published is None:
+        bench.memo["tome"] = _tome(bench)
+    last: list[Measured] = bench.memo.get("tome", [])
+    return last if only_tome else [m for case in CASES for m in _one(bench, case)] + last
 
 
 def _side(start: float) -> str:
@@ -140,20 +144,15 @@ def _one(bench: Bench, case: Case) -> list[Measured]:
         start: table_of(model, case.recipe, case.dials(start, steps))
         for start in ((0.0, 0.5) if steps > 1 else (0.0,))
     }  # fmt: skip
-    kept: dict[str, list[Generated]] = {_side(start): [] for start in tables}
 
-    def side(start: float, table: ProbeTable) -> Callable[[], Generated]:
-        def go() -> Generated:
-            kept[_side(start)].append(bench.answer(table))
-            return kept[_side(start)][-1]
-
-        return go
+    def side(table: ProbeTable) -> Callable[[], Generated]:
+        return lambda: bench.answer(table)
 
     def check(results: Mapping[str, Any]) -> str:
         return " and ".join(dict.fromkeys(_check(bench, case, tables[s], results[_side(s)]) for s in tables))
 
     turns = take_turns(
-        {"unpruned": bench.answer, **{_side(s): side(s, t) for s, t in tables.items()}}, bench.repeats, check
+        {"unpruned": bench.answer, **{_side(s): side(t) for s, t in tables.items()}}, bench.repeats, check
     )
     full = float(turns.results["unpruned"].arrays["flops"].sum())
     return [
@@ -162,7 +161,7 @@ def _one(bench: Bench, case: Case) -> list[Measured]:
             start,
             turns,
             full / float(turns.results[_side(start)].arrays["flops"].sum()),
-            spread([share_of_probe(g) for g in kept[_side(start)][1:]]),
+            spread([share_of_probe(turns.results[_side(start)])]),
             bench.told(),
         )
         for start in tables
@@ -180,17 +179,19 @@ def _check(bench: Bench, case: Case, table: ProbeTable, result: Generated) -> st
 
     Raises `ProbeError` where it does not.
     """
-    model, shape, got = bench.model, bench.shape, result.arrays["token"]
+    model, shape, tolerance = bench.model, bench.shape, TOLERANCE[bench.dtype]
     fates = result.arrays["visual_kept"]
     if not (fates != int(Fate.KEPT)).any():
         raise AssertionError(f"{case.name} left every token where it was")
     if case.by_hand:
         there = torch.from_numpy(fates == int(Fate.KEPT))
         theirs = plain.without(model, bench.prompt(), shape.answer, shape.steps, there, compact=case.compact)
-        return same_tokens("speedup", case.name, got, "rows cut out by hand", theirs) + " (rows cut out by hand)"
+        told = same_answer("speedup", case.name, result.arrays, "rows cut out by hand", theirs, tolerance)
+        return f"{told} (rows cut out by hand)"
     with plain.kernel(model, "probe_eager"):
-        again = bench.answer(table).arrays["token"]
-    return same_tokens("speedup", case.name, got, "the eager kernel", again) + " (eager kernel)"
+        again = bench.answer(table).arrays
+    told = same_answer("speedup", case.name, result.arrays, "the eager kernel", again, tolerance)
+    return f"{told} (eager kernel)"
 
 
 def _tome(bench: Bench) -> list[Measured]:
@@ -229,8 +230,8 @@ def _tome(bench: Bench) -> list[Measured]:
         with plain.kernel(model, "probe_eager"):
             again = seen(table, _side(0.0))()
         spent.clear()
-        got = results[_side(0.0)].arrays["token"]
-        return same_tokens("speedup", "ToMe", got, "the eager kernel", again.arrays["token"]) + " (eager kernel)"
+        got, tolerance = results[_side(0.0)].arrays, TOLERANCE[bench.dtype]
+        return same_answer("speedup", "ToMe", got, "the eager kernel", again.arrays, tolerance) + " (eager kernel)"
 
     sides = {"unpruned": seen(ProbeTable(()), "unpruned"), _side(0.0): seen(table, _side(0.0))}
     turns = take_turns(sides, bench.repeats, check)

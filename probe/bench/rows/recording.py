@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from probe.bench import plain
-from probe.bench.equality import TOLERANCE, same_tokens, same_values
+from probe.bench.equality import TOLERANCE, same_answer, same_tokens, same_values
 from probe.bench.line import Line, Target
 from probe.bench.shapes import Bench, table_of
 from probe.bench.turns import take_turns
@@ -36,8 +36,7 @@ def run(bench: Bench) -> list[Line]:
 
     def check(results: Mapping[str, Any]) -> str:
         on, off = (results[side].arrays for side in ("recording", "none"))
-        told = same_tokens("recording", "recording", on["token"], "no recording", off["token"])
-        return f"{told}, {same_values('recording', 'confidence', on['confidence'], off['confidence'], 0.0)}"
+        return same_answer("recording", "recording", on, "no recording", off, 0.0)
 
     turns = take_turns({"recording": lambda: bench.answer(table), "none": bench.answer}, bench.repeats, check)
     return [
