@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from probe import cli_backbones, cli_study, cli_sweep, cli_tools, cli_traces
+from probe import cli_backbones, cli_bench, cli_study, cli_sweep, cli_tools, cli_traces
 from probe.cli_common import (
     BackboneOption,
     PluginOption,
     RecipeArgument,
     SetOption,
     err,
+    importing,
     out,
     recipe_of,
     shard_of,
@@ -130,11 +131,12 @@ def check(
     ] = None,
 ) -> None:
     """Say in words what a recipe will do on a backbone, and what it will leave, without loading its weights."""
-    from probe.backbones import facts_of, visual_count
-    from probe.composition import check_without_weights
-    from probe.explain import explain
-    from probe.outlook import outlook
-    from probe.plugins import load_plugins
+    with importing():
+        from probe.backbones import facts_of, visual_count
+        from probe.composition import check_without_weights
+        from probe.explain import explain
+        from probe.outlook import outlook
+        from probe.plugins import load_plugins
 
     load_plugins(plugin or [])
     loaded = recipe_of(recipe, sets, backbone=backbone)
@@ -168,6 +170,7 @@ app.add_typer(cli_tools.app)
 app.add_typer(cli_backbones.app)
 app.add_typer(cli_traces.app)
 app.add_typer(cli_study.app)
+app.add_typer(cli_bench.app)
 
 
 class _Display:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -22,10 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from probe.parallel import own, whole
-
-Form = Literal["softmax", "head_mean_logits", "full_width"]
-"""`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax.
-`full_width`: as if there were one head over the full width, `softmax(q k^T / sqrt(heads * size))`."""
+from probe.site import Form
 
 CHUNK = 64
 """Rows per chunk. Bounds the extra memory of a request by heads x CHUNK x keys, however many rows it asks for."""

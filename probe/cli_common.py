@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +35,22 @@ PluginOption = Annotated[
     list[Path] | None,
     typer.Option("--plugin", help="A Python file with words of your own: scores, code probes, a backbone, ..."),
 ]
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports of large libraries: what they make stays for good, so nothing looks for garbage in it.
+
+    Importing torch takes a sixth less without.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def size_of(text: str) -> tuple[int, int]:

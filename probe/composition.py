@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from probe.backbones import adapter_class
 from probe.backbones.base import GenerationDefaults
 from probe.backbones.sizes import habits_of
+from probe.backbones.traits import traits_of
 from probe.compile import BoundProbe, ProbeTable, compile_recipe
 from probe.decoding.dllm_cache import DllmCache
 from probe.decoding.fit import misfit, name_of
@@ -20,14 +20,14 @@ NO_ONE_YET = ("masked", "answer", "filled", "predicting")
 
 def check_without_weights(recipe: Recipe, facts: ModelFacts) -> None:
     """The same, and whether the decoding policies fit the backbone, as far as its class alone tells."""
-    adapter = adapter_class(recipe.backbone)
-    defaults, habits = getattr(adapter, "defaults", None), habits_of(recipe.backbone)
+    traits = traits_of(recipe.backbone)
+    defaults, habits = traits.defaults, habits_of(recipe.backbone)
     known = defaults is not None or habits is not None
     if defaults is None:
         defaults = GenerationDefaults() if habits is None else GenerationDefaults(cache={habits.cache: {}})
     unmasking, caching, _ = policies(recipe, defaults)
-    shift = None if adapter.shift_varies else adapter.shift
-    if shift is not None and (found := misfit(unmasking, caching, shift=shift, causal=adapter.causal)) is not None:
+    shift = traits.shift
+    if shift is not None and (found := misfit(unmasking, caching, shift=shift, causal=traits.causal)) is not None:
         raise recipe.fault(("generate", found[0]), found[1])
     if known or recipe.generate.cache is not None:
         check_cache(recipe, caching)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probe.attend import Form, RowRequest, ask, forget
+from probe.attend import RowRequest, ask, forget
 from probe.backbones.base import Backbone
 from probe.compile import BoundProbe
 from probe.cost import EncoderDims
 from probe.encoder_state import Group, ViewState
 from probe.errors import ProbeError
-from probe.site import Clock
+from probe.site import Clock, Form
 from probe.timing import Stopwatch
 
 BEFORE = Clock(pass_index=0, step=0, block=0, step_in_block=0, nominal_steps=1, n_blocks=1)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from probe.attend import Form, Reweighting, RowRequest, ask, forget
+from probe.attend import Reweighting, RowRequest, ask, forget
 from probe.backbones.base import Backbone
 from probe.compile import BoundProbe, Call
 from probe.conditions import Watch
@@ -25,7 +25,7 @@ from probe.errors import ProbeError
 from probe.inputs import asked
 from probe.loop import Pass
 from probe.scores.raters import raters
-from probe.site import QuerySet, Reweight, Role
+from probe.site import Form, QuerySet, Reweight, Role
 from probe.surgery import Layout
 from probe.timing import Stopwatch
 
@@ -94,6 +94,7 @@ class Looking:
         self._keys: dict[int, tuple[Tensor, Layout]] = {}
         self._reweight: dict[int, list[Reweight]] = {}
         self._rows: dict[QuerySet, tuple[Layout, tuple[Tensor, Tensor] | None]] = {}
+        self._rated: dict[bool, list[tuple[Tensor, Tensor]] | None] = {}
         for probe in probes:
             self._note(probe)
         self._watching = watching
@@ -322,24 +323,33 @@ class Looking:
 
     def _raters(self, layout: Layout, *, with_answer: bool) -> tuple[Tensor, Tensor] | None:
         """Rows of the text behind the picture, weighted so that only raters count (all where none stands out)."""
+        if with_answer not in self._rated:  # the canvas is one throughout a pass
+            self._rated[with_answer] = self._rate(with_answer=with_answer)
+        rated = self._rated[with_answer]
+        if rated is None:
+            return None
+        pad = torch.nn.utils.rnn.pad_sequence
+        rows = [layout.locate_in(b, uids) for b, (uids, _) in enumerate(rated)]
+        return pad(rows, batch_first=True), pad([weight for _, weight in rated], batch_first=True)
+
+    def _rate(self, *, with_answer: bool) -> list[tuple[Tensor, Tensor]] | None:
+        """Of every sample the rows that may be raters, by their number on the canvas, and their weights."""
         request = self._request
         if request.work.prompt != "all":
             return None
-        canvas, rows, weights = request.canvas, [], []
-        for b in range(layout.batch):
+        canvas, out = request.canvas, []
+        for b in range(canvas.layout.batch):
             text = canvas.rows_of(Role.QUESTION, b) + (request.computed[b] if with_answer else [])
             if not text or not canvas.layout.n_visual[b]:
                 return None
-            uids = torch.tensor(text, dtype=torch.int64, device=layout.row.device)
+            uids = torch.tensor(text, dtype=torch.int64, device=canvas.layout.row.device)
             embeds = canvas.embeds[b]
             seen = embeds.index_select(0, canvas.layout.visual_rows[b])
             self._spent += 2 * seen.shape[0] * len(text) * embeds.shape[1]
             chosen = raters(seen, embeds.index_select(0, canvas.layout.locate_in(b, uids)))
             chosen = chosen | ~chosen.any()
-            rows.append(layout.locate_in(b, uids))
-            weights.append(chosen.float() / chosen.sum())
-        pad = torch.nn.utils.rnn.pad_sequence
-        return pad(rows, batch_first=True), pad(weights, batch_first=True)
+            out.append((uids, chosen.float() / chosen.sum()))
+        return out
 
 
 def attended(layer: int, params: dict[str, Any]) -> Attended:

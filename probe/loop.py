@@ -189,12 +189,13 @@ def denoise(
                 kind = name_of(rule.caching)
                 raise ProbeError(f"step {clock.step}: {reason}, but the cache `{kind}` computes only some rows here")
             work = again
-        ask = _within(state, ask, work)
+        computed = _computed(state, ask, work)
+        ask = _within(state, ask, work, computed)
         clock = _clock(state, ask, work.phase)
         if ask.show is not None:
             shown_rows = torch.from_numpy(state.rows[:, ask.columns]).to(device)
             canvas.write(shown_rows, embed(ask.show), torch.ones_like(ask.show, dtype=torch.bool))
-        request = _request(state, canvas, ask, work, clock, guided=rule.cfg_scale > 0)
+        request = _request(state, canvas, ask, work, clock, computed, guided=rule.cfg_scale > 0)
         result = forward(request)
         state.passes += 1
         canvas = result.canvas
@@ -235,7 +236,7 @@ def denoise(
             tokens=state.tokens[:, first:].copy(),
             canvas=canvas,
             work=work,
-            computed=_computed(state, ask, work)[:, first:],
+            computed=computed[:, first:],
             remasked=decision.remask,
             numbers=state.numbers[first:].copy(),
             masked=state.masked[:, first:].copy(),
@@ -322,9 +323,8 @@ def _computed(state: State, ask: Ask, work: Work) -> np.ndarray:
     return out
 
 
-def _within(state: State, ask: Ask, work: Work) -> Ask:
+def _within(state: State, ask: Ask, work: Work, computed: np.ndarray) -> Ask:
     """The ask without slots of which the pass computes no row: a windowed cache cuts off masks left behind."""
-    computed = _computed(state, ask, work)
     usable = computed[:, ask.columns]
     if state.shift:
         before = np.where(ask.columns > state.first, ask.columns - 1, -1)
@@ -335,9 +335,10 @@ def _within(state: State, ask: Ask, work: Work) -> Ask:
     return replace(ask, columns=ask.columns[at], eligible=(ask.eligible & usable)[:, at])
 
 
-def _request(state: State, canvas: Canvas, ask: Ask, work: Work, clock: Clock, *, guided: bool) -> Pass:
+def _request(
+    state: State, canvas: Canvas, ask: Ask, work: Work, clock: Clock, computed: np.ndarray, *, guided: bool
+) -> Pass:
     first = state.first
-    computed = _computed(state, ask, work)
     rows = state.rows[:, ask.columns]
     before = np.where(ask.columns > first, ask.columns - 1, -1)
     last_prompt = np.array(canvas.prompt_length)[:, None] - 1

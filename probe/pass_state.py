@@ -91,6 +91,7 @@ class PassState:
         self.entered: tuple[Tensor, Layout] | None = None
         """Hidden states as they entered the layer that runs now, and their layout."""
         self._carried: _Carried | None = None
+        self._around: _Around | None = None
         self._skip_mlp: Sequence[Plan | None] | None = None
         self._layer_cuts: dict[int, list[tuple[Sequence[Plan | None], Layout]]] = {}
         self._made: list[Tensor | None] = [None] * self.batch
@@ -749,11 +750,15 @@ class PassState:
 
     def _carry(self, hidden: Tensor, plans: Sequence[Plan | None]) -> None:
         """Tokens go around the layer: the sequence without them, and what brings them back."""
-        before, rope = self.layout, self.rope
-        self.layout, index = narrow(before, [None if p is None else Plan(p.kept) for p in plans])
+        before, (cos, sin) = self.layout, cast(tuple[Tensor, Tensor], self.rope)
+        last, everything = self._around, all(p is not None and p.kept.shape[0] == 0 for p in plans)
+        if everything and last is not None and last.before is before and last.cos is cos:  # as around the layer before
+            self.layout, self.rope, index = last.layout, last.rope, last.index
+        else:
+            self.layout, index = narrow(before, [None if p is None else Plan(p.kept) for p in plans])
+            self.rope = take(cos, index, self.streams), take(sin, index, self.streams)
+            self._around = _Around(before, cos, self.layout, self.rope, index) if everything else None
         self.keys = self.layout
-        cos, sin = cast(tuple[Tensor, Tensor], rope)
-        self.rope = take(cos, index, self.streams), take(sin, index, self.streams)
         self._carried = _Carried(hidden, index, before, cos, sin)
 
     def _bring_back(self, short: Tensor) -> Tensor:
@@ -793,6 +798,17 @@ class _Carried:
     before: Layout
     cos: Tensor
     sin: Tensor
+
+
+@dataclass(frozen=True)
+class _Around:
+    """A sequence that every visual token went around a layer of, and what is left of it in there."""
+
+    before: Layout
+    cos: Tensor
+    layout: Layout
+    rope: tuple[Tensor, Tensor]
+    index: Tensor
 
 
 def _fate(plans: Sequence[Plan | None]) -> Fate:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probe.attend import Form, attention_rows
+from probe.attend import attention_rows
 from probe.backbones.base import LayerModules
 from probe.errors import ProbeError
 from probe.parallel import whole
+from probe.site import Form
 
 
 def projected_attention(

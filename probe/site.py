@@ -52,6 +52,11 @@ matter to the picture (`probe.scores.raters`), `raters_answer` chooses them from
 an image encoder: the class token (`cls`, where it has one), the patches of a view (`visual`), or both (`all`)."""
 
 
+Form = Literal["softmax", "head_mean_logits", "full_width"]
+"""`softmax`: one distribution per head. `head_mean_logits`: scaled logits averaged over heads, then one softmax.
+`full_width`: as if there were one head over the full width, `softmax(q k^T / sqrt(heads * size))`."""
+
+
 class Fate(IntEnum):
     """What became of one original visual token at one (step, layer): exactly one of these."""
 

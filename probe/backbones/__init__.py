@@ -219,10 +219,15 @@ def facts_of(name: str | Path, *, revision: str | None = None) -> ModelFacts:
 
 def adapter_class(name: str | Path, *, revision: str | None = None) -> type[Backbone]:
     """The adapter's class of a backbone, without its weights."""
+    return cast("type[Backbone]", entry_of(name, revision=revision).function())
+
+
+def entry_of(name: str | Path, *, revision: str | None = None) -> Entry:
+    """The adapter of a backbone, its class not imported. Published models are known without a download."""
     for entry in backbones:
         if revision is None and any(p.name == str(name) for p in entry.meta.get("published", ())):
-            return cast("type[Backbone]", entry.function())
-    return cast("type[Backbone]", adapter_of(resolve(name, revision=revision, weights=False)).function())
+            return entry
+    return adapter_of(resolve(name, revision=revision, weights=False))
 
 
 def visual_count(

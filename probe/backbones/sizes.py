@@ -8,8 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from probe.backbones import adapter_class, dimple_config, lavida_config, llada_v_config
+from probe.backbones import dimple_config, entry_of, lavida_config, llada_v_config
 from probe.backbones.checkpoint import resolve
+from probe.backbones.traits import traits_of
 from probe.cost import DecoderDims, decoder_dims
 
 
@@ -22,7 +23,7 @@ class Habits:
     cache: str
 
 
-UNSAID: Mapping[str, Habits] = {"Lavida": Habits(256, 256, "prefix")}
+UNSAID: Mapping[str, Habits] = {"lavida": Habits(256, 256, "prefix")}
 """Of adapters whose class does not say it because it differs by decoder in other things."""
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
@@ -31,22 +32,21 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     lavida_config.LLADA_NAME: lavida_config.PUBLISHED_LLADA,
     dimple_config.PUBLISHED_NAME: dimple_config.PUBLISHED,
 }
-COUNTED = ("LladaV", "Lavida", "Dimple")
+COUNTED = ("llada_v", "lavida", "dimple")
 """Adapters whose decoder's layers all cost what `cost.decoder_dims` says."""
 
 
 def habits_of(name: str | Path) -> Habits | None:
     """How the backbone decodes by itself; None where only its checkpoint says so."""
-    adapter = adapter_class(name)
-    defaults = getattr(adapter, "defaults", None)
+    defaults = traits_of(name).defaults
     if defaults is None:
-        return UNSAID.get(adapter.__name__)
+        return UNSAID.get(entry_of(name).name)
     return Habits(defaults.gen_length, defaults.steps, next(iter(defaults.cache)))
 
 
 def dims_of(name: str | Path, vocabulary: int) -> DecoderDims | None:
     """Sizes that the decoder's FLOPs are counted from; None for decoders whose layers are of several kinds."""
-    if adapter_class(name).__name__ not in COUNTED:
+    if entry_of(name).name not in COUNTED:
         return None
     known = PUBLISHED.get(str(name)) if not Path(name).is_dir() else None
     config = resolve(name, weights=False).config if known is None else known

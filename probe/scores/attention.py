@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import PlainValidator
 from torch import Tensor
 
-from probe.attend import Form
 from probe.registry import scores
-from probe.site import QuerySet
+from probe.site import Form, QuerySet
 
 
 @dataclass(frozen=True)

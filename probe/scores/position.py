@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from probe.attend import Form
 from probe.registry import scores
-from probe.site import QuerySet
+from probe.site import Form, QuerySet
 
 
 @scores.register

@@ -21,9 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from probe.attend import Form
 from probe.registry import signals
-from probe.site import SEGMENTS, QuerySet, Site
+from probe.site import SEGMENTS, Form, QuerySet, Site
 
 HIDDEN = (Site.BEFORE_LM, Site.LAYER_INPUT, Site.LAYER_AFTER_ATTENTION, Site.LAYER_OUTPUT, Site.FINAL)
 """Sites with hidden states of every row."""

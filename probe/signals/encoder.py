@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from probe.attend import Form
 from probe.registry import signals
-from probe.site import Site
+from probe.site import Form, Site
 
 AFTER_LAYERS = (Site.ENCODER_LAYER_AFTER_ATTENTION, Site.ENCODER_OUTPUT, Site.PROJECTOR_OUTPUT)
 """Sites of the encoder with features of every patch."""
