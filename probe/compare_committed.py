@@ -20,7 +20,7 @@ from probe.intervals import Estimate, ratios
 
 Kind = Literal["all", "content", "end"]
 KINDS: tuple[Kind, ...] = ("all", "content", "end")
-"""All compared slots; those before the reference's end of answer; that end and the padding behind it."""
+"""All slots; those before the reference's end of answer; that end and the padding behind it."""
 NONE = Estimate()
 
 
@@ -52,7 +52,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of `slots` compared slots, with bootstrap intervals over samples.
+    """Shares of the `slots` that the reference filled, with bootstrap intervals over samples.
 
     committed + agrees + unlike = 1. With a blind run agrees = guessed + kept, and unlike = harmed + lost;
     `saved` = kept / (kept + lost) is the share of what the text alone does not give that the tokens left did.
@@ -117,23 +117,29 @@ def guessed_ends(finals: Iterable[Final | None]) -> frozenset[int]:
 
 def counts_of(reference: Final, late: Final, blind: Final | None, cut: int | None, content: np.ndarray) -> np.ndarray:
     """`(kind, 9)` numbers of one sample's slots: compared, committed, strayed, agrees, unlike, guessed, kept, harmed,
-    lost. Compared are slots that all runs have filled in the end; without a blind run the last four are 0.
+    lost. Compared are the slots that the reference filled; one that another run left open is unlike there. Without a
+    blind run the last four are 0.
     """
-    runs = [reference, late, *([] if blind is None else [blind])]
-    n = min(len(run.token) for run in runs)
-    compared = np.logical_and.reduce([run.filled[:n] for run in runs])
+    n = len(reference.token)
+    compared, token = reference.filled, _cut(late.token, n, -1)
+    there = _cut(late.filled, n, False)
+    same = there & (token == reference.token)
     # a slot that either run wrote anew later was not settled at the cut, however early it was filled first
-    before = np.full(n, True) if cut is None else (reference.last[:n] < cut) & (late.last[:n] < cut)
+    before = there if cut is None else there & (reference.last < cut) & (_cut(late.last, n, cut) < cut)
     committed, stake = compared & before, compared & ~before
-    same = reference.token[:n] == late.token[:n]
     told = [compared, committed, committed & ~same, stake & same, stake & ~same]
     if blind is None:
         told += [np.zeros(n, bool)] * 4
     else:
-        unseen = reference.token[:n] == blind.token[:n]
+        unseen = _cut(blind.filled, n, False) & (_cut(blind.token, n, -1) == reference.token)
         told += [stake & same & unseen, stake & same & ~unseen, stake & ~same & unseen, stake & ~same & ~unseen]
-    masks = {"all": np.full(n, True), "content": content[:n], "end": ~content[:n]}
+    masks = {"all": np.full(n, True), "content": content, "end": ~content}
     return np.array([[(slots & masks[kind]).sum() for slots in told] for kind in KINDS])
+
+
+def _cut(values: np.ndarray, n: int, fill: int | bool) -> np.ndarray:
+    """The first `n` values, filled up where there are fewer."""
+    return np.concatenate([values[:n], np.full(max(0, n - len(values)), fill, values.dtype)])
 
 
 def shares_of(counts: np.ndarray, *, blind: bool) -> Shares:
