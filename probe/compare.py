@@ -402,7 +402,8 @@ def _compare(held: Sequence[_Held], numbers: list[int], left_out: int, warnings:
 def _committed(held: Sequence[_Held]) -> tuple[Committed, ...]:
     base = held[0]
     others = [h.course(h.trace.header.backbone == base.trace.header.backbone) for h in held[1:]]
-    return decompose(base.course(True), others, end_tokens(base.trace))
+    early = {held[late].label: held[zero].label for late, zero in _zeros(held).items() if late != zero}
+    return decompose(base.course(True), others, end_tokens(base.trace), early)
 
 
 def end_tokens(trace: Trace) -> list[int]:
@@ -540,10 +541,10 @@ def _budget(runs: Sequence[Run]) -> list[str]:
 def _late(held: Sequence[_Held], apart: Sequence[Sequence[StepsApart | None]]) -> tuple[LateStart, ...]:
     """The late starts among the runs whose pruner also runs from the first step on."""
     base = held[0]
-    zeros = {_pruner(h): k for k, h in reversed(list(enumerate(held))) if k and h.start == 0}
+    zeros = _zeros(held)
     out = []
     for k, own in enumerate(held):
-        share, zero = own.start, zeros.get(_pruner(own))
+        share, zero = own.start, zeros.get(k)
         if not k or not share or zero is None or share >= 1:
             continue
         scores = np.stack([own.score, held[zero].score, base.score])
@@ -571,6 +572,12 @@ def _late(held: Sequence[_Held], apart: Sequence[Sequence[StepsApart | None]]) -
             )
         )
     return tuple(sorted(out, key=lambda s: (s.zero, s.start)))
+
+
+def _zeros(held: Sequence[_Held]) -> dict[int, int]:
+    """Of every run the place of the first one with the same pruner from the first step on, where there is one."""
+    first = {_pruner(h): k for k, h in reversed(list(enumerate(held))) if k and h.start == 0}
+    return {k: first[_pruner(h)] for k, h in enumerate(held) if k and _pruner(h) in first}
 
 
 def _pruner(held: _Held) -> str:

@@ -2,8 +2,9 @@
 
 The *cut* of a sample is the nominal step from which a run misses visual tokens. Slots whose final commit came before it
 had the whole picture; the others are *at stake*. A *blind* run, from which all visual tokens are withdrawn at the same
-cut, tells the slots at stake that the text alone gives from those that the tokens that were left must have given. Pure
-functions on arrays; `docs/compare.md` has every share as a formula.
+cut, tells the slots at stake that the text alone gives from those that the tokens that were left must have given; an
+*early* run, the same pruner from the first step on, tells of these the ones that it took the answer's own context to
+give. Pure functions on arrays; `docs/compare.md` has every share as a formula.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Shares:
     """Shares of the `slots` that the reference filled, with bootstrap intervals over samples.
 
     committed + agrees + unlike = 1. With a blind run agrees = guessed + kept, and unlike = harmed + lost;
-    `saved` = kept / (kept + lost) is the share of what the text alone does not give that the tokens left did.
+    `saved` = kept / (kept + lost) is the share of what the text alone does not give that the tokens left did. With an
+    early run `gain` is agrees minus the share of the slots at stake that end as the reference's there: the surplus in
+    slots. With both, kept = seen + context: what the early run has as well, and what only the late one has.
     """
 
     slots: int
@@ -67,17 +70,23 @@ class Shares:
     harmed: Estimate = NONE
     lost: Estimate = NONE
     saved: Estimate = NONE
+    gain: Estimate = NONE
+    seen: Estimate = NONE
+    context: Estimate = NONE
 
 
 @dataclass(frozen=True)
 class Committed:
-    """The decomposition of one run. `cuts` are the nominal steps at which samples were cut, smallest and largest;
-    `blind` the label of the blind run of the same cuts, empty if there is none; `strayed` the share of the committed
-    slots that differ from the reference all the same (0 if both runs went the same way up to the cut).
+    """The decomposition of one run. `cuts` are the nominal steps at which samples were cut, smallest and largest.
+
+    `blind` is the label of the blind run of the same cuts, `early` that of the same pruner from the first step on; each
+    is empty if there is none. `strayed` is the share of the committed slots that differ from the reference all the same
+    (0 if both runs went the same way up to the cut).
     """
 
     label: str
     blind: str
+    early: str
     cuts: tuple[int, int]
     strayed: float
     shares: Mapping[Kind, Shares]
@@ -115,26 +124,42 @@ def guessed_ends(finals: Iterable[Final | None]) -> frozenset[int]:
     return frozenset({token}) if often > 1 and pads else frozenset()
 
 
-def counts_of(reference: Final, late: Final, blind: Final | None, cut: int | None, content: np.ndarray) -> np.ndarray:
-    """`(kind, 9)` numbers of one sample's slots: compared, committed, strayed, agrees, unlike, guessed, kept, harmed,
-    lost. Compared are the slots that the reference filled; one that another run left open is unlike there. Without a
-    blind run the last four are 0.
+def counts_of(
+    reference: Final,
+    late: Final,
+    blind: Final | None,
+    cut: int | None,
+    content: np.ndarray,
+    early: Final | None = None,
+) -> np.ndarray:
+    """`(kind, 11)` numbers of one sample's slots: compared, committed, strayed, agrees, unlike, guessed, kept, harmed,
+    lost, seen, early (at stake, and the reference's token in the early run). Compared are the slots that the reference
+    filled; one that another run left open is unlike there. What needs a run that is not given is 0.
     """
     n = len(reference.token)
-    compared, token = reference.filled, _cut(late.token, n, -1)
-    there = _cut(late.filled, n, False)
-    same = there & (token == reference.token)
+    compared, there = reference.filled, _cut(late.filled, n, False)
+    same = _alike(late, reference)
     # a slot that either run wrote anew later was not settled at the cut, however early it was filled first
     before = there if cut is None else there & (reference.last < cut) & (_cut(late.last, n, cut) < cut)
     committed, stake = compared & before, compared & ~before
     told = [compared, committed, committed & ~same, stake & same, stake & ~same]
+    none = np.zeros(n, bool)
+    zero = none if early is None else stake & _alike(early, reference)
     if blind is None:
-        told += [np.zeros(n, bool)] * 4
+        told += [none] * 5
     else:
-        unseen = _cut(blind.filled, n, False) & (_cut(blind.token, n, -1) == reference.token)
-        told += [stake & same & unseen, stake & same & ~unseen, stake & ~same & unseen, stake & ~same & ~unseen]
+        unseen = _alike(blind, reference)
+        kept = stake & same & ~unseen
+        told += [stake & same & unseen, kept, stake & ~same & unseen, stake & ~same & ~unseen, kept & zero]
+    told += [zero]
     masks = {"all": np.full(n, True), "content": content, "end": ~content}
     return np.array([[(slots & masks[kind]).sum() for slots in told] for kind in KINDS])
+
+
+def _alike(run: Final, reference: Final) -> np.ndarray:
+    """`(position,)` of the reference: whether a run ended with its token there."""
+    n = len(reference.token)
+    return np.asarray(_cut(run.filled, n, False) & (_cut(run.token, n, -1) == reference.token))
 
 
 def _cut(values: np.ndarray, n: int, fill: int | bool) -> np.ndarray:
@@ -142,13 +167,20 @@ def _cut(values: np.ndarray, n: int, fill: int | bool) -> np.ndarray:
     return np.concatenate([values[:n], np.full(max(0, n - len(values)), fill, values.dtype)])
 
 
-def shares_of(counts: np.ndarray, *, blind: bool) -> Shares:
-    """Shares over samples of one kind's `counts (sample, 9)`: ratios of sums, one set of draws for all of them."""
-    whole, committed, _, agrees, unlike, guessed, kept, harmed, lost = counts.T
-    parts = [committed, agrees, unlike, *([guessed, kept, harmed, lost] if blind else [])]
-    found = ratios(parts, whole)
-    saved = ratios([kept], kept + lost) if blind else []
-    return Shares(int(whole.sum()), *found, **({"saved": saved[0]} if blind else {}))
+def shares_of(counts: np.ndarray, *, blind: bool, early: bool = False) -> Shares:
+    """Shares over samples of one kind's `counts (sample, 11)`: ratios of sums, one set of draws for all of them."""
+    whole, committed, _, agrees, unlike, guessed, kept, harmed, lost, seen, zero = counts.T
+    parts = {"committed": committed, "agrees": agrees, "unlike": unlike}
+    if blind:
+        parts |= {"guessed": guessed, "kept": kept, "harmed": harmed, "lost": lost}
+    if early:
+        parts |= {"gain": agrees - zero}
+    if blind and early:
+        parts |= {"seen": seen, "context": kept - seen}
+    found = dict(zip(parts, ratios(list(parts.values()), whole), strict=True))
+    if blind:
+        found |= {"saved": ratios([kept], kept + lost)[0]}
+    return Shares(int(whole.sum()), **found)
 
 
 def blind_for(late: Course, runs: Sequence[Course]) -> Course | None:
@@ -156,25 +188,38 @@ def blind_for(late: Course, runs: Sequence[Course]) -> Course | None:
     return next((run for run in runs if run.is_blind and list(run.cut) == list(late.cut)), None)
 
 
-def decompose(reference: Course, runs: Sequence[Course], ends: Iterable[int] = ()) -> tuple[Committed, ...]:
-    """The decomposition of every run in which some sample was cut; `ends` are the ids that end an answer."""
-    known = frozenset(ends) or guessed_ends(reference.final)
+def decompose(
+    reference: Course, runs: Sequence[Course], ends: Iterable[int] = (), early: Mapping[str, str] | None = None
+) -> tuple[Committed, ...]:
+    """The decomposition of every run in which some sample was cut.
+
+    `ends` are the ids that end an answer; `early` says of a run's label which run is its pruner from the first step on.
+    """
+    known, by_label = frozenset(ends) or guessed_ends(reference.final), {run.label: run for run in runs}
     out = []
     for run in runs:
         cuts = [cut for cut in run.cut if cut is not None]
-        if not cuts:
-            continue
-        blind = blind_for(run, runs)
+        blind, zero = blind_for(run, runs), by_label.get((early or {}).get(run.label, ""))
+        beside = [other for other in (blind, zero) if other is not None]
         rows = []
         for i, (base, own) in enumerate(zip(reference.final, run.final, strict=True)):
-            other = None if blind is None else blind.final[i]
-            if base is not None and own is not None and (blind is None or other is not None):
-                rows.append(counts_of(base, own, other, run.cut[i], content_of(base, known)))
-        if not rows:
+            if base is None or own is None or any(other.final[i] is None for other in beside):
+                continue
+            others = [None if other is None else other.final[i] for other in (blind, zero)]
+            rows.append(counts_of(base, own, others[0], run.cut[i], content_of(base, known), others[1]))
+        if not rows or not cuts:
             continue
         counts = np.array(rows)
         committed, strayed = counts[:, 0, 1].sum(), counts[:, 0, 2].sum()
-        shares = {kind: shares_of(counts[:, k], blind=blind is not None) for k, kind in enumerate(KINDS)}
-        stray = float(strayed / committed) if committed else 0.0
-        out.append(Committed(run.label, "" if blind is None else blind.label, (min(cuts), max(cuts)), stray, shares))
+        has = {"blind": blind is not None, "early": zero is not None}
+        out.append(
+            Committed(
+                label=run.label,
+                blind="" if blind is None else blind.label,
+                early="" if zero is None else zero.label,
+                cuts=(min(cuts), max(cuts)),
+                strayed=float(strayed / committed) if committed else 0.0,
+                shares={kind: shares_of(counts[:, k], **has) for k, kind in enumerate(KINDS)},
+            )
+        )
     return tuple(out)

@@ -21,7 +21,17 @@ from comparison_traces import MASK, One, write
 
 from probe import intervals
 from probe.compare import compare, end_tokens
-from probe.compare_committed import Course, Final, Shares, content_of, counts_of, decompose, final_of, guessed_ends
+from probe.compare_committed import (
+    Course,
+    Final,
+    Shares,
+    content_of,
+    counts_of,
+    decompose,
+    final_of,
+    guessed_ends,
+    shares_of,
+)
 from probe.compare_steps import Side
 from probe.recipe import load_recipe
 from probe.runner import run
@@ -29,7 +39,7 @@ from probe.trace import open_trace
 from probe.views.comparison import render_comparison, to_json
 
 M, END = MASK, 1
-PARTS = ("committed", "agrees", "unlike", "guessed", "kept", "harmed", "lost", "saved")
+PARTS = ("committed", "agrees", "unlike", "guessed", "kept", "harmed", "lost", "saved", "gain", "seen", "context")
 
 
 def side(tokens: list[list[int]], nominal: list[int] | None = None) -> Side:
@@ -62,13 +72,24 @@ def test_shares_counted_by_hand() -> None:
     late = [5, 6, 10, 11, 90, 91, M]
     blind = [5, 6, 10, 92, 12, 93, 14]
     first = [5, 6, M, M, M, M, M]
-    sides = [final_of(side([first, first, end])) for end in (reference, late, blind)]
+    sides = tuple(final_of(side([first, first, end])) for end in (reference, late, blind))
+    assert len(sides) == 3
     content = np.array([True] * 6 + [False])
     got = counts_of(sides[0], sides[1], sides[2], 1, content)
-    # compared, committed, strayed, agrees, unlike, guessed, kept, harmed, lost
-    assert got.tolist() == [[7, 2, 0, 2, 3, 1, 1, 2, 1], [6, 2, 0, 2, 2, 1, 1, 1, 1], [1, 0, 0, 0, 1, 0, 0, 1, 0]]
+    # compared, committed, strayed, agrees, unlike, guessed, kept, harmed, lost, seen, early
+    assert got[:, 9:].tolist() == [[0, 0]] * 3, "no early run"
+    assert got[:, :9].tolist() == [
+        [7, 2, 0, 2, 3, 1, 1, 2, 1], [6, 2, 0, 2, 2, 1, 1, 1, 1], [1, 0, 0, 0, 1, 0, 0, 1, 0],
+    ]  # fmt: skip
     pair = counts_of(sides[0], sides[1], None, 1, content)
     assert pair[:, :5].tolist() == got[:, :5].tolist() and not pair[:, 5:].any()
+    zero = final_of(side([[M] * 7, [90, 6, 90, 11, 12, 90, M]]))
+    with_zero = counts_of(*sides, 1, content, zero)
+    assert with_zero[:, :9].tolist() == got[:, :9].tolist()
+    # at stake are 10 11 12 13 14; it has 11 and 12, of which the late run kept 11
+    assert with_zero[:, 9:].tolist() == [[1, 2], [1, 2], [0, 0]]
+    v = values(shares_of(with_zero[:1], blind=True, early=True))
+    assert (v["gain"], v["seen"], v["context"]) == (0, pytest.approx(1 / 7), 0)
     assert counts_of(sides[0], sides[1], None, 0, content)[0, :2].tolist() == [7, 0], "cut before the first step"
     assert counts_of(sides[0], sides[1], None, None, content)[0, :3].tolist() == [7, 6, 2], "no cut: all settled"
 
@@ -157,7 +178,7 @@ def test_every_slot_is_counted_once_and_where_it_belongs(given_runs: tuple[list[
         for kind in ("all", "content" if p < until else "end"):
             wanted[kind][fate] += 1
     for row, kind in zip(got.tolist(), wanted, strict=True):
-        slots, committed, strayed, agrees, unlike, guessed, kept, harmed, lost = row
+        slots, committed, strayed, agrees, unlike, guessed, kept, harmed, lost, *_ = row
         assert wanted[kind] == Counter(
             {k: v for k, v in zip(("committed", "guessed", "kept", "harmed", "lost"),
                                   (committed, guessed, kept, harmed, lost), strict=True) if v}
@@ -194,6 +215,7 @@ def test_identities(given_runs: tuple[list[Side], int, int]) -> None:
 
 FULL = [[5, M, M, M], [5, 6, M, M], [5, 6, 7, M], [5, 6, 7, END]]
 LATE = [*FULL[:2], [5, 6, 7, M], [5, 6, 7, 2]]
+EARLY = [*FULL[:2], [5, 6, 4, M], [5, 6, 4, 2]]
 UNSEEN = [*FULL[:2], [5, 6, 3, M], [5, 6, 3, END]]
 
 
@@ -217,24 +239,24 @@ def four(tmp_path: Path) -> list[Path]:
     return [
         write(tmp_path / "base.h5", {i: One(FULL) for i in range(3)}, name="r/baseline", extra={"end_tokens": "1"}),
         write(tmp_path / "late.h5", {i: One(LATE, 2) for i in range(3)}, start="50%"),
-        write(tmp_path / "early.h5", {i: One(LATE, 0) for i in range(3)}, start="0%"),
+        write(tmp_path / "early.h5", {i: One(EARLY, 0) for i in range(3)}, start="0%"),
         write(tmp_path / "blind.h5", {i: One(UNSEEN, 2, more=no_tokens(2)) for i in range(3)}, start="50%"),
     ]
 
 
 def test_the_blind_run_is_found_among_the_traces(four: list[Path]) -> None:
     late, early, blind = compare(four).committed
-    assert (late.label, late.blind, late.cuts, late.strayed) == ("B", "D", (2, 2), 0)
+    assert (late.label, late.blind, late.early, late.cuts, late.strayed) == ("B", "D", "C", (2, 2), 0)
     assert values(late.shares["all"]) == {
         "committed": 0.5, "agrees": 0.25, "unlike": 0.25, "guessed": 0, "kept": 0.25, "harmed": 0.25, "lost": 0,
-        "saved": 1,
+        "saved": 1, "gain": 0.25, "seen": 0, "context": 0.25,
     }  # fmt: skip
-    assert values(late.shares["content"]) | {"saved": 0} == pytest.approx({
+    assert values(late.shares["content"]) == pytest.approx({
         "committed": 2 / 3, "agrees": 1 / 3, "unlike": 0, "guessed": 0, "kept": 1 / 3, "harmed": 0, "lost": 0,
-        "saved": 0,
+        "saved": 1, "gain": 1 / 3, "seen": 0, "context": 1 / 3,
     })  # fmt: skip
     assert late.shares["end"].slots == 3 and late.shares["end"].harmed.value == 1
-    assert early.blind == "" and early.cuts == (0, 0) and math.isnan(early.shares["all"].kept.value)
+    assert early.blind == early.early == "" and early.cuts == (0, 0) and math.isnan(early.shares["all"].kept.value)
     assert blind.label == blind.blind == "D"
     said = json.loads(to_json(compare(four)))["committed"]
     assert said[0]["shares"]["all"]["kept"]["value"] == 0.25 and said[1]["shares"]["all"]["kept"]["value"] is None
@@ -245,10 +267,11 @@ def test_the_tables_say_it_and_what_is_missing(four: list[Path]) -> None:
     lines = [line.split() for line in text.splitlines()]
     assert ["B", "all", "2", "12", "50", "25", "25"] in lines and ["end", "3", "0", "0", "100"] in lines
     assert ["B", "(D)", "all", "0", "25", "25", "0", "100"] in lines
+    assert ["B", "(C)", "all", "+25", "25", "0", "25"] in lines
     assert "C: none of these runs is blind" in text and "`prune/blind --set start=0%`" in " ".join(text.split())
     assert "prune/blind --set start=50%" in " ".join(shown(four[:2]).split())
     for name in ("slots", "content, end", "cut", "before cut", "after, as A", "(D)", "guessed", "kept", "harmed",
-                 "lost", "saved"):  # fmt: skip
+                 "lost", "saved", "(C)", "gain", "seen", "context"):  # fmt: skip
         assert any(line.startswith(f"{name}:") for line in text.splitlines()), name
 
 

@@ -101,7 +101,7 @@ def finished(trace: Trace) -> Finished:
         backbone=trace.header.backbone,
         revision=trace.header.weights_revision,
         dtype=trace.header.dtype,
-        settings=_settings(recipe),
+        settings=settings_of(recipe),
         dials=dict(recipe.dial),
         seed=trace.header.seed,
         unpruned=unpruned,
@@ -180,7 +180,7 @@ def _answers(trace: Trace, rows: list[int], recipe: Recipe) -> tuple[Answer, ...
     )
 
 
-def _settings(recipe: Recipe) -> str:
+def settings_of(recipe: Recipe) -> str:
     """How a recipe decodes, in one line, without its seed: only runs that decode alike share a table."""
     said = {k: v for k, v in recipe.generate.model_dump(mode="json").items() if v is not None and k != "seed"}
     return ", ".join(f"{k} {v if isinstance(v, str | int | float) else json.dumps(v)}" for k, v in said.items())

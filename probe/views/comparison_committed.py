@@ -51,6 +51,23 @@ def committed_tables(found: Sequence[Committed], runs: Sequence[Run], reference:
             f"lost: {a}'s token in neither",
             "saved: kept / (kept + lost), of what the text alone does not tell",
         )
+    early = [one for one in found if one.early]
+    if early:
+        yield Text()
+        table = grid("restored", "slots", "gain", "kept", "seen", "context", left=2)
+        for one, kind, shares in _rows(early):
+            table.add_row(
+                f"{one.label} ({one.early})" if kind == "all" else "", kind, _share(shares.gain, "+"),
+                *map(_share, (shares.kept, shares.seen, shares.context)),
+            )  # fmt: skip
+        yield table
+        zero = ", ".join(dict.fromkeys(one.early for one in early))
+        yield from explained(
+            f"({zero}): the same pruner from the first step on",
+            f"gain: slots at stake with {a}'s token, less those that have it in {zero}",
+            f"seen: kept, and {a}'s token in {zero} too: the tokens left show it",
+            f"context: kept, in {zero} not: it took what was committed before the cut",
+        )
     yield from _wanted([one for one in found if not one.blind], runs)
 
 
@@ -61,11 +78,11 @@ def _rows(found: Sequence[Committed]) -> Iterable[tuple[Committed, Kind, Shares]
                 yield one, kind, shares
 
 
-def _share(estimate: Estimate) -> str:
+def _share(estimate: Estimate, sign: str = "") -> str:
     """`12 [10,15]`, in percent; the interval only where it has a width."""
     if math.isnan(estimate.value):
         return "-"
-    value, *ends = (f"{100 * x:.0f}" for x in (estimate.value, estimate.low, estimate.high))
+    value, *ends = (f"{100 * x + 0.0:{sign}.0f}" for x in (estimate.value, estimate.low, estimate.high))
     return value if set(ends) <= {value, "nan"} else f"{value} [{','.join(ends)}]"
 
 
