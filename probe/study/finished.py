@@ -41,8 +41,9 @@ class Finished:
     """One trace. Shares are from 0 to 1.
 
     `unpruned`: nothing intervened. `keep`: nominal retention, what the recipe's dial says, 0 where it selects `none`,
-    else the smallest share of the visual tokens in any layer and step. `start`: share of the steps before the intervention. `kept`: mean share of
-    the visual tokens over layers and steps, which is what the run cost. `totals`: numbers of a harness by task.
+    else the smallest share of the visual tokens in any layer and step. `start`: share of the steps before the
+    intervention. `kept`: mean share of the visual tokens over layers and steps, which is what the run cost. `totals`:
+    numbers of a harness by task. `slots`: of the longest answer.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Finished:
     answers: tuple[Answer, ...]
     failed: int
     totals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    slots: int = 0
 
 
 def in_folder(folder: str | Path) -> list[Path]:
@@ -112,6 +114,7 @@ def finished(trace: Trace) -> Finished:
         answers=_answers(trace, rows, recipe),
         failed=int(failed.sum()),
         totals=_totals(trace.path),
+        slots=max((trace.extents(row).get("position", 0) for row in rows), default=0),
     )
 
 
