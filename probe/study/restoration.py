@@ -29,7 +29,8 @@ class Late:
 
     `zero` is the score of the same pruner from the first step on (NaN: not among the runs); `line` is start *
     unpruned + (1 - start) * zero, and `surplus` the score above it, paired by sample. `blind`: whether a blind run
-    with the same cut was among them, without which shares say less.
+    with the same cut was among them, without which shares say less. `alike`, `alike_zero`: share of each kind of slots
+    that end as in the unpruned run, here and in the run from the first step on: the score's counterpart in slots.
     """
 
     backbone: str
@@ -47,6 +48,8 @@ class Late:
     surplus: Estimate
     blind: bool
     shares: Mapping[Kind, Shares]
+    alike: Mapping[Kind, float]
+    alike_zero: Mapping[Kind, float]
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def _late(comparison: Comparison, backbone: str, how: tuple[str, ...]) -> list[L
 def _one(where: tuple[str, str, str], comparison: Comparison, run: Run, one: Committed, line: LateStart | None) -> Late:
     backbone, data, settings = where
     zero = NAN if line is None else next(r.score.value for r in comparison.runs if r.label == line.zero)
+    early = next((c for c in comparison.committed if c.label == one.early), None)
     return Late(
         backbone=backbone,
         data=data,
@@ -150,7 +154,13 @@ def _one(where: tuple[str, str, str], comparison: Comparison, run: Run, one: Com
         surplus=Estimate() if line is None else line.surplus,
         blind=bool(one.blind),
         shares=one.shares,
+        alike=_alike(one),
+        alike_zero=dict.fromkeys(one.shares, NAN) if early is None else _alike(early),
     )
+
+
+def _alike(one: Committed) -> dict[Kind, float]:
+    return {kind: shares.committed.value + shares.agrees.value for kind, shares in one.shares.items()}
 
 
 def _named(found: Sequence[Late]) -> list[Late]:

@@ -8,19 +8,20 @@ import json
 import math
 from collections.abc import Sequence
 
-from probe.compare_committed import Shares
+from probe.compare_committed import Kind, Shares
 from probe.intervals import Estimate
 from probe.study.restoration import Late
 
 HEAD = (
-    "data", "settings", "pruner", "s", "n", "unpruned", "from 0", "from s", "line", "surplus", "gain", "before cut",
-    "guessed", "kept", "context", "harmed", "lost", "saved",
+    "data", "settings", "pruner", "s", "n", "unpruned", "from 0", "from s", "line", "surplus", "slots 0",
+    "slots s", "gain", "before cut", "guessed", "kept", "context", "harmed", "lost", "saved",
 )  # fmt: skip
 TOLD = (
     "from 0, from s: score in percent of the pruner from the first step on, and from the share s of the steps on",
     "line: s x unpruned + (1 - s) x from 0; surplus: from s - line, and its paired 95 % interval",
-    "gain: the same in slots: those at stake that are as unpruned, less those that are so in the run from 0",
-    "gain and the rest are percent of the unpruned answer's content slots. before cut: committed before the cut; "
+    "the rest is percent of the unpruned answer's content slots. slots 0, slots s: those with the unpruned run's token "
+    "in the end; gain: of those at stake at the cut those that have it, less those that have it in the run from 0",
+    "before cut: committed before the cut; "
     "guessed, kept, harmed, lost: committed after it, with the unpruned run's token in the blind run too, in this one "
     "alone, in the blind run alone, in neither; context: of kept, what the run from 0 has not; saved: kept / (kept + "
     "lost)",
@@ -46,14 +47,14 @@ def to_markdown(found: Sequence[Late], *, intervals: bool = False) -> str:
 
 
 def _words(one: Late, intervals: bool) -> tuple[str, ...]:
-    shares = one.shares["content"]
-    if not shares.slots:
-        shares = one.shares["all"]
+    kind: Kind = "content" if one.shares["content"].slots else "all"
+    shares = one.shares[kind]
     cells = (shares.committed, shares.guessed, shares.kept, shares.context, shares.harmed, shares.lost, shares.saved)
     return (
         one.data, one.settings, one.pruner, "–" if math.isnan(one.start) else f"{one.start:.0%}", str(one.n),
         *map(_number, (one.unpruned.value, one.zero, one.score.value, one.line)),
-        *(_share(cell, True, "+") for cell in (one.surplus, shares.gain)),
+        _share(one.surplus, True, "+"), _number(one.alike_zero[kind]), _number(one.alike[kind]),
+        _share(shares.gain, True, "+"),
         *(_share(cell, intervals) for cell in cells),
     )  # fmt: skip
 
@@ -74,14 +75,15 @@ def to_csv(found: Sequence[Late]) -> str:
     ends = [f"{part}{end}" for part in _PARTS for end in ("", "_low", "_high")]
     writer.writerow(
         ["backbone", "data", "settings", "pruner", "dials", "start", "n", "unpruned", "from_0", "from_s", "line",
-         "surplus", "surplus_low", "surplus_high", "slots", "number", *ends]
+         "surplus", "surplus_low", "surplus_high", "slots", "number", "alike_0", "alike_s", *ends]
     )  # fmt: skip
     for one in found:
         surplus = (one.surplus.value, one.surplus.low, one.surplus.high)
         told = (one.start, one.n, one.unpruned.value, one.zero, one.score.value, one.line, *surplus)
         who = (one.backbone, one.data, one.settings, one.pruner, json.dumps(dict(one.dials)))
         for kind, shares in one.shares.items():
-            writer.writerow([*who, *map(_plain, told), kind, shares.slots, *map(_plain, _values(shares))])
+            numbers = [one.alike_zero[kind], one.alike[kind], *_values(shares)]
+            writer.writerow([*who, *map(_plain, told), kind, shares.slots, *map(_plain, numbers)])
     return buffer.getvalue()
 
 

@@ -74,6 +74,8 @@ def test_a_line_is_the_comparison_s(folder: Path) -> None:
     # slots 0 and 1 before the cut, slot 2 is kept in three samples of four
     assert (content.slots, content.committed.value, content.kept.value) == (12, pytest.approx(2 / 3), 0.25)
     assert (content.lost.value, content.gain.value, content.context.value) == (pytest.approx(1 / 12), 0.25, 0.25)
+    # slot 1 alone is right in the run from the first step on; here all but one of the 12
+    assert (late.alike_zero["content"], late.alike["content"]) == (pytest.approx(1 / 3), pytest.approx(11 / 12))
     assert late.blind and blind.pruner == "blind" and math.isnan(blind.zero) and math.isnan(blind.surplus.value)
     (same,) = [c for c in compare(sorted(folder.glob("*.h5"))).committed if c.label == "B"]
     assert same.shares == late.shares
@@ -85,10 +87,11 @@ def test_the_table_says_it(folder: Path) -> None:
     assert heads == [head for head in HEAD if head != "settings"]
     line = next(row for row in text.splitlines() if "random" in row)
     cells = dict(zip(heads, (cell.strip() for cell in line.strip("|").split("|")), strict=True))
-    assert {k: cells[k] for k in ("s", "n", "from 0", "from s", "line", "before cut", "kept", "lost", "saved")} == {
-        "s": "50%", "n": "4", "from 0": "20.0", "from s": "80.0", "line": "60.0", "before cut": "66.7",
-        "kept": "25.0", "lost": "8.3", "saved": "75.0",
+    told = {
+        "s": "50%", "n": "4", "from 0": "20.0", "from s": "80.0", "line": "60.0", "slots 0": "33.3", "slots s": "91.7",
+        "before cut": "66.7", "kept": "25.0", "lost": "8.3", "saved": "75.0",
     }  # fmt: skip
+    assert {name: cells[name] for name in told} == told
     assert cells["surplus"].startswith("+20.0 [") and cells["gain"].startswith("+25.0 [")
     assert "25.0 [8.3, 33.3]" in to_markdown(restoration(folder.glob("*.h5")), intervals=True)
     rows = [r for r in csv.DictReader(io.StringIO(to_csv(restoration(folder.glob("*.h5"))))) if "random" in r["pruner"]]
