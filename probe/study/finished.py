@@ -15,6 +15,7 @@ from probe.errors import ProbeError
 from probe.recipe import Recipe, parse_recipe
 from probe.recipe_at import Steps, as_share
 from probe.recipe_words import Wrong
+from probe.study.printed import backbone_of, generation_of
 from probe.trace import Trace, open_trace
 from probe.trace_summary import unpruned_tokens
 
@@ -184,8 +185,17 @@ def _answers(trace: Trace, rows: list[int], recipe: Recipe) -> tuple[Answer, ...
 
 
 def settings_of(recipe: Recipe) -> str:
-    """How a recipe decodes, in one line, without its seed: only runs that decode alike share a table."""
+    """How a recipe decodes, in one line, without its seed: only runs that decode alike share a table.
+
+    What the study sets for the recipe's benchmark is not said: a table has benchmarks of short and of long answers.
+    """
     said = {k: v for k, v in recipe.generate.model_dump(mode="json").items() if v is not None and k != "seed"}
+    usual = generation_of(backbone_of(recipe.backbone), recipe.data.lmms_eval or "")
+    if usual is not None:
+        own = {"gen_length": usual.gen_length, "block_length": usual.block_length, "steps": usual.steps}
+        own |= {"think": True} if usual.think else {}
+        if all(said.get(key) == value for key, value in own.items()):
+            said = {key: value for key, value in said.items() if key not in own}
     return ", ".join(f"{k} {v if isinstance(v, str | int | float) else json.dumps(v)}" for k, v in said.items())
 
 

@@ -51,16 +51,17 @@ def series_of(found: Sequence[Finished]) -> list[Series]:
     """Every pruner, backbone and length of answer that has an unpruned run and a pruned one."""
     out = []
     for title, beside, own in kinds_of(found):
-        runs = runs_of(own)
-        bare = next((run for run in runs if run.label == "none"), None)
+        bare = next((run for run in runs_of(own) if run.label == "none"), None)
         if bare is None:
             continue
+        # apart, so that a method that has one recipe to begin with and one for later steps is one method
+        runs = [*runs_of([f for f in own if not f.start]), *runs_of([f for f in own if f.start])]
         for length, tasks in _tasks(own).items():
             base = {task: measured(bare.traces, task) for task in tasks}
             base = {task: score for task, score in base.items() if score.value > 0}
             by_method: dict[str, _Points] = {}
             for run in runs:
-                left = None if run is bare else _left(run, base)
+                left = None if run.label == "none" else _left(run, base)
                 if left is None:
                     continue
                 points = by_method.setdefault(run.recipe, _Points())

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from probe.errors import ProbeError
-from probe.recipe import load_recipe, parse_recipe
+from probe.lmms_settings import with_settings
+from probe.recipe import Recipe, load_recipe, parse_recipe
 from probe.study import printed
-from probe.study.finished import in_folder, read
+from probe.study.finished import in_folder, read, settings_of
 from probe.study.relative import Series, printed_series, series_of
+from probe.study.tables import tables
 from probe.trace import SampleRecord, TraceHeader, TraceWriter, Variable
 
 VARIABLES = [
@@ -26,12 +28,13 @@ VARIABLES = [
 
 def write(
     path: Path, scores: dict[str, list[float]], recipe: str = "", *, sets: tuple[str, ...] = (), slots: int = 4,
-    cut: int = 0, left: int = 2, backbone: str = "toy",
+    cut: int = 0, left: int = 2, backbone: str = "toy", made: Recipe | None = None,
 ) -> None:  # fmt: skip
     """A trace of 4 steps with 8 visual tokens, `left` of them from step `cut` on, unless it has no recipe."""
-    made = load_recipe(recipe, sets) if recipe else parse_recipe("schema: 1\nname: none\nprobes: []\n")
+    if made is None:
+        made = load_recipe(recipe, sets) if recipe else parse_recipe("schema: 1\nname: none\nprobes: []\n")
     counts = np.full((4, 2), 8)
-    if recipe:
+    if made.probes:
         counts[cut:] = left
     arrays = {"visual_tokens": counts, "visual_original": np.int32(8), "commit_step": np.zeros(slots, int)}
     with TraceWriter(path, TraceHeader(made.name, made.to_yaml(), made.hash, backbone), VARIABLES) as writer:
@@ -79,6 +82,31 @@ def test_a_pruner_without_an_unpruned_run_is_left_out(folder: Path) -> None:
     assert {one.backbone for one in series_of(read(in_folder(folder)))} == {"toy"}
     write(folder / "y.trace.h5", {"a": [1.0]}, "random", slots=2)
     assert {one.method for one in series_of(read(in_folder(folder)))} == {"DivPrune"}, "it has not run task b"
+
+
+def test_the_release_s_recipes_are_one_method_and_its_benchmarks_one_backbone(tmp_path: Path) -> None:
+    """As sweeps of the study's tables leave them: each benchmark's own length, another recipe for later steps."""
+    names = (tmp_path / f"{i}.trace.h5" for i in itertools.count())
+    for task, slots in (("gqa", 2), ("docvqa_val_llada_v", 32)):
+        for recipe, sets, score in (
+            ("", (), 1.0),
+            ("study_divprune", ("keep=0.25",), 0.5),
+            ("study_divprune_late", ("done=[50%]",), 0.75),
+        ):
+            made = load_recipe(recipe, sets) if recipe else parse_recipe("schema: 1\nname: none\nprobes: []\n")
+            made = made.replace(data={"lmms_eval": task}, backbone="GSAI-ML/LLaDA-V")
+            made = with_settings(made, "GSAI-ML/LLaDA-V")
+            assert made.generate.gen_length == slots
+            cut = 0 if score == 0.5 else 2
+            write(next(names), {task: [score, score]}, made=made, slots=slots, cut=cut, backbone="GSAI-ML/LLaDA-V")
+    found = read(in_folder(tmp_path))
+    assert {table.title for table in tables(found)} == {"GSAI-ML/LLaDA-V"}
+    assert [(one.backbone, one.method, one.length) for one in series_of(found)] == [
+        ("GSAI-ML/LLaDA-V", "DivPrune", "short"), ("GSAI-ML/LLaDA-V", "DivPrune", "long"),
+    ]  # fmt: skip
+    assert [values(one) for one in series_of(found)] == [({1.0: 100, 0.25: 50}, {0.0: 50, 0.5: 75})] * 2
+    other = load_recipe("none").replace(data={"lmms_eval": "gqa"}, generate={"gen_length": 8, "steps": 2})
+    assert settings_of(other) == "gen_length 8, steps 2"
 
 
 def test_answers_that_ended_before_the_cut_do_not_change_the_retention(tmp_path: Path) -> None:
