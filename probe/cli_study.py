@@ -26,6 +26,9 @@ def tables(
     as_latex: Annotated[bool, typer.Option("--latex", help="LaTeX in place of Markdown.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV, one line per cell, with intervals and n.")] = False,
     intervals: Annotated[bool, typer.Option("--intervals", help="Half of the 95% interval beside every mean.")] = False,
+    restored: Annotated[
+        bool, typer.Option("--restoration", help="Late pruning: the line, and slots committed, kept, lost.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file.")] = None,
 ) -> None:
     """Print finished traces as tables in the study's layout, beside the study's printed numbers."""
@@ -37,19 +40,31 @@ def tables(
 
     if study not in (None, "none", *TABLES):
         raise ProbeError(f"--study {study}: the study has {' and '.join(TABLES)}; or none")
-    if folder is None:
-        found = printed_tables()
-    else:
-        paths = in_folder(folder)
-        if not paths:
-            raise ProbeError(f"there are no finished traces (*.trace.h5) in {folder}")
-        found = tables_of(read(paths), "" if study == "none" else study)
+    if restored and (folder is None or as_latex or study is not None):
+        raise ProbeError("--restoration wants a folder with traces, and comes as Markdown or --csv, without --study")
+    paths = [] if folder is None else in_folder(folder)
+    if folder is not None and not paths:
+        raise ProbeError(f"there are no finished traces (*.trace.h5) in {folder}")
+    if restored:
+        from probe.study.restoration import restoration
+        from probe.views import restoration_table
+
+        late = restoration(paths)
+        csv, markdown = restoration_table.to_csv, restoration_table.to_markdown
+        _give(csv(late) if as_csv else markdown(late, intervals=intervals), output)
+        return
+    found = tables_of(read(paths), "" if study == "none" else study) if paths else printed_tables()
     if as_csv:
         text = study_tables.to_csv(found)
     elif as_latex:
         text = study_tables.to_latex(found, intervals=intervals)
     else:
         text = study_tables.to_markdown(found, intervals=intervals)
+    _give(text, output)
+
+
+def _give(text: str, output: Path | None) -> None:
+    """Print it, or write it to a file and say so."""
     if output is None:
         sys.stdout.write(text)
         return

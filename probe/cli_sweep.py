@@ -130,14 +130,17 @@ def _plan(recipe: Recipe, where: Path) -> None:
     assert recipe.sweep is not None
     units = units_of(cells, recipe.sweep.shards)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("", "backbone", "data", "seed", "run", "done"):
+    settings = ("settings",) if recipe.sweep.set else ()
+    for name in ("", "backbone", "data", "seed", *settings, "run", "done"):
         table.add_column(name)
     done = 0
     for number, unit in enumerate(units):
         group, finished = unit.cell.group, is_done(unit, where)
         done += finished
         title = unit.cell.title + ("" if unit.shard is None else f" ({unit.shard[0]}/{unit.shard[1]})")
-        table.add_row(str(number), group.backbone, group.data, str(group.seed), title, "yes" if finished else "")
+        settled = (", ".join(group.settled),) if settings else ()
+        who = (str(number), group.backbone, group.data, str(group.seed), *settled)
+        table.add_row(*who, title, "yes" if finished else "")
     out.print(table)
     told = f"{len(units)} runs in {where}, {done} of them done"
     out.print(told, highlight=False, markup=False, soft_wrap=True)

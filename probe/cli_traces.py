@@ -45,7 +45,9 @@ def show(
 
 @app.command()
 def plot(
-    traces: Annotated[list[Path] | None, typer.Argument(help="One trace, or several for `tradeoff`.")] = None,
+    traces: Annotated[
+        list[Path] | None, typer.Argument(help="One trace; several, or folders, for `tradeoff` and `late_pruning`.")
+    ] = None,
     figure: Annotated[str | None, typer.Option("--figure", "-f", help="See --list; default: the trace's own.")] = None,
     output: Annotated[Path | None, typer.Option("--out", "-o", help="FILE.png, .pdf or .svg.")] = None,
     sample: Annotated[int | None, typer.Option(help="Number of a sample, for figures of one sample.")] = None,
@@ -54,6 +56,7 @@ def plot(
     list_them: Annotated[bool, typer.Option("--list", help="List the figures.")] = False,
 ) -> None:
     """Draw a figure of a trace."""
+    from probe.study.finished import in_folder
     from probe.views.figures import list_figures
     from probe.views.figures import plot as draw
 
@@ -67,8 +70,13 @@ def plot(
         return
     if not traces:
         raise ProbeError("name a trace to draw: `probe plot FILE --figure NAME`; `probe plot --list` names the figures")
-    path = output or traces[-1].with_suffix("").with_suffix(f".{figure or 'figure'}.png")
-    drawn = draw(traces, figure, path, sample=sample, layer=layer, step=step)
+    files = [file for given in traces for file in (in_folder(given) if given.is_dir() else [given])]
+    if not files:
+        raise ProbeError(f"there are no finished traces (*.trace.h5) in {', '.join(map(str, traces))}")
+    last = traces[-1]
+    own = f"{figure or 'figure'}.png"
+    path = output or (last / own if last.is_dir() else last.with_suffix("").with_suffix(f".{own}"))
+    drawn = draw(files, figure, path, sample=sample, layer=layer, step=step)
     out.print(f"figure: {drawn}", highlight=False, markup=False)
 
 

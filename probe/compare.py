@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from probe import intervals
+from probe.compare_committed import Committed, Course, Final, decompose, final_of
 from probe.compare_steps import Side, StepsApart, first_intervened, steps_apart
 from probe.data.metrics import agreement
 from probe.errors import ProbeError
@@ -145,6 +146,7 @@ class Comparison:
     reference: Run
     runs: tuple[Run, ...]
     late: tuple[LateStart, ...]
+    committed: tuple[Committed, ...]
     samples: tuple[SampleDifference, ...]
     warnings: tuple[str, ...]
 
@@ -276,12 +278,13 @@ class _Held:
     retention: np.ndarray
     retention_end: np.ndarray
     first: list[int | None]  # the nominal step of the intervention
+    sightless: list[bool]  # no layer has a visual token from the intervention on
     recipe: Mapping[str, Any]
 
     @classmethod
     def read(cls, label: str, trace: Trace, rows: list[int]) -> _Held:
         score, flops, seconds = (_scalar(trace, name, rows) for name in ("score", "flops_total", "seconds_unrecorded"))
-        retention, end, first = [], [], []
+        retention, end, first, sightless = [], [], [], []
         for row in rows:
             kept, counts = (_array(trace, name, row) for name in ("visual_kept", "visual_tokens"))
             n_visual = unpruned_tokens(trace, row)
@@ -290,9 +293,10 @@ class _Held:
             end.append(float(alive[-1].mean()) if alive.size else NAN)
             place = first_intervened(kept, counts, n_visual)
             first.append(None if place is None else int(_nominal(trace, row)[place]))
+            sightless.append(place is not None and bool(alive.size) and not alive[place:].any())
         return cls(
             label, trace, rows, [str(p) for p in trace.array("prediction")[rows]], score, flops, seconds,
-            np.array(retention), np.array(end), first, recipe_of(trace),
+            np.array(retention), np.array(end), first, sightless, recipe_of(trace),
         )  # fmt: skip
 
     def side(self, i: int) -> Side | None:
@@ -303,6 +307,15 @@ class _Held:
             return None
         confidence, kl = (_array(self.trace, name, row) for name in ("confidence", "logit_kl"))
         return Side(token, commit, _nominal(self.trace, row), confidence, kl)
+
+    def course(self, alike: bool) -> Course:
+        """How its samples ended; nothing of them if its tokens are not those of the reference (not `alike`)."""
+        finals: list[Final | None] = []
+        for i, row in enumerate(self.rows):
+            side = self.side(i) if alike else None
+            places = _array(self.trace, "slot_place", row)
+            finals.append(None if side is None else final_of(side, None if places is None else places[-1]))
+        return Course(self.label, finals, self.first, self.sightless)
 
     @property
     def start(self) -> float | None:
@@ -379,9 +392,32 @@ def _compare(held: Sequence[_Held], numbers: list[int], left_out: int, warnings:
         apart.append(steps)
         runs.append(_run(base, other, _divergence(other, steps)))
         samples += _samples(base, other, numbers, steps)
-    warnings = [*warnings, *_budget(runs)]
-    late = _late(held, apart)
-    return Comparison(len(numbers), left_out, runs[0], tuple(runs[1:]), late, tuple(samples), tuple(warnings))
+    committed = _committed(held)
+    warnings = [*warnings, *_budget(runs), *_strayed(committed, base.label)]
+    return Comparison(
+        len(numbers), left_out, runs[0], tuple(runs[1:]), _late(held, apart), committed, tuple(samples), tuple(warnings)
+    )
+
+
+def _committed(held: Sequence[_Held]) -> tuple[Committed, ...]:
+    base = held[0]
+    others = [h.course(h.trace.header.backbone == base.trace.header.backbone) for h in held[1:]]
+    early = {held[late].label: held[zero].label for late, zero in _zeros(held).items() if late != zero}
+    return decompose(base.course(True), others, end_tokens(base.trace), early)
+
+
+def end_tokens(trace: Trace) -> list[int]:
+    """The ids that end an answer, as the trace says; empty if it does not."""
+    return [int(word) for word in str(trace.header.extra.get("end_tokens", "")).split()]
+
+
+def _strayed(committed: Sequence[Committed], reference: str) -> list[str]:
+    return [
+        f"{c.strayed:.1%} of the slots that {c.label} committed before its cut differ from {reference}'s: the two runs "
+        "parted before it (another seed or device?), so its shares are no clean decomposition"
+        for c in committed
+        if c.strayed
+    ]
 
 
 def _apart(other: _Held, reference: Side | None, i: int) -> StepsApart | None:
@@ -505,10 +541,10 @@ def _budget(runs: Sequence[Run]) -> list[str]:
 def _late(held: Sequence[_Held], apart: Sequence[Sequence[StepsApart | None]]) -> tuple[LateStart, ...]:
     """The late starts among the runs whose pruner also runs from the first step on."""
     base = held[0]
-    zeros = {_pruner(h): k for k, h in reversed(list(enumerate(held))) if k and h.start == 0}
+    zeros = _zeros(held)
     out = []
     for k, own in enumerate(held):
-        share, zero = own.start, zeros.get(_pruner(own))
+        share, zero = own.start, zeros.get(k)
         if not k or not share or zero is None or share >= 1:
             continue
         scores = np.stack([own.score, held[zero].score, base.score])
@@ -536,6 +572,12 @@ def _late(held: Sequence[_Held], apart: Sequence[Sequence[StepsApart | None]]) -
             )
         )
     return tuple(sorted(out, key=lambda s: (s.zero, s.start)))
+
+
+def _zeros(held: Sequence[_Held]) -> dict[int, int]:
+    """Of every run the place of the first one with the same pruner from the first step on, where there is one."""
+    first = {_pruner(h): k for k, h in reversed(list(enumerate(held))) if k and h.start == 0}
+    return {k: first[_pruner(h)] for k, h in enumerate(held) if k and _pruner(h) in first}
 
 
 def _pruner(held: _Held) -> str:

@@ -68,6 +68,26 @@ def mean(values: Sequence[float] | np.ndarray, *, within: tuple[float, float] = 
     return Estimate(value, max(value - half, within[0]), min(value + half, within[1]), n)
 
 
+def ratios(parts: Sequence[np.ndarray], whole: np.ndarray) -> list[Estimate]:
+    """`sum(part) / sum(whole)` of each part, over the samples whose whole is not empty, with bootstrap intervals.
+
+    The ends are the 2.5 % and 97.5 % points over 10,000 draws of n samples with replacement, seed 0, the same draws for
+    all parts: so parts that add up to the whole do so in every draw.
+    """
+    columns = np.stack([np.asarray(column, np.float64) for column in (*parts, whole)], 1)
+    columns = columns[columns[:, -1] > 0]
+    n = len(columns)
+    if not n:
+        return [Estimate() for _ in parts]
+    values = columns[:, :-1].sum(0) / columns[:, -1].sum()
+    if n < 2:
+        return [Estimate(float(value), n=n) for value in values]
+    rng = np.random.default_rng(SEED)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) @ columns
+    low, high = np.quantile(drawn[:, :-1] / drawn[:, -1:], [0.025, 0.975], axis=0)
+    return [Estimate(float(v), float(a), float(b), n) for v, a, b in zip(values, low, high, strict=True)]
+
+
 def one_minus_ratio(left: Sequence[float] | np.ndarray, first: Sequence[float] | np.ndarray) -> Estimate:
     """`1 - mean(left) / mean(first)` over samples that have both, with a bootstrap interval.
 

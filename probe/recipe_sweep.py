@@ -60,6 +60,7 @@ class Sweep(Section):
     backbones: Names = ()
     data: Names = ()
     dial: Values = Field(default_factory=dict)
+    set: Values = Field(default_factory=dict)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
     shards: int = Field(default=1, ge=1, le=10_000)
     baseline: bool = True
@@ -70,6 +71,10 @@ class Sweep(Section):
             listed = getattr(self, key)
             if twice := [v for i, v in enumerate(listed) if v in listed[:i]]:
                 raise Wrong(f"names {twice[0]} twice", key)
+        for name in self.set:
+            if name == "generate.seed" or not name.startswith(("generate.", "load.")):
+                words = f"`{name}` is no setting of `generate` or `load`; dials stand under `dial`, seeds under `seeds`"
+                raise Wrong(words, "set", name)
         for i, entry in enumerate(self.recipes):
             for key in ("backbones", "data"):
                 if strange := [v for v in getattr(entry, key) if v not in getattr(self, key)]:

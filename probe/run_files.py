@@ -98,7 +98,11 @@ def open_writer(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         coords=coordinates(table),
-        extra={"default_plot": "attention_mass" if records else "commit_step", "own_samples": int(own_samples)},
+        extra={
+            "default_plot": "attention_mass" if records else "commit_step",
+            "own_samples": int(own_samples),
+            "end_tokens": " ".join(map(str, dict.fromkeys((backbone.special.stop, backbone.special.eos)))),
+        },
     )
     variables = [*ALWAYS, *recorded_variables(table), *(c.variable for c in code_probes)]
     return TraceWriter(path, header, variables, resume=resume)

@@ -36,11 +36,18 @@ class Group:
     backbone: str
     data: str
     seed: int
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def title(self) -> str:
-        """`miniature, world/short`, and the seed unless it is 0."""
-        return f"{self.backbone}, {self.data}" + (f", seed {self.seed}" if self.seed else "")
+        """`miniature, world/short, steps 12`, and the seed unless it is 0."""
+        said = [self.backbone, self.data, *([f"seed {self.seed}"] if self.seed else []), *self.settled]
+        return ", ".join(said)
+
+    @property
+    def settled(self) -> list[str]:
+        """What the sweep varies of the settings: `steps 12`."""
+        return [f"{name.partition('.')[2]} {_word(value)}" for name, value in self.settings]
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """The name of its folder: readable, and different for whatever differs in what is done to a sample."""
-        words = [Path(self.group.backbone).name, self.group.data, self.title]
+        words = [Path(self.group.backbone).name, self.group.data, *self.group.settled, self.title]
         readable = re.sub(r"[^A-Za-z0-9.=%+]+", "-", " ".join(words)).strip("-.")[:80]
         return f"{readable}-{self.recipe.hash[:8]}"
 
@@ -105,14 +112,18 @@ def cells_of(recipe: Recipe) -> list[Cell]:
         raise recipe.fault(("probes",), "with a list of `sweep.recipes` the probes here can only record")
     entries = [(base, Entry(recipe=base.name), ("sweep",))] if not sweep.recipes else _loaded(recipe, sweep)
     _dials_are_used(recipe, sweep, [loaded for loaded, _, _ in entries])
-    count = len(sweep.backbones or "1") * len(sweep.data or "1") * len(sweep.seeds or "1")
+    settings = _settings(recipe, base, sweep)
+    count = len(sweep.backbones or "1") * len(sweep.data or "1") * len(sweep.seeds or "1") * len(settings)
     if count * sum(1 for e in entries for _ in _combinations(e[0], e[1], sweep)) > MOST_CELLS:
         raise recipe.fault(("sweep",), f"more than {MOST_CELLS:,} runs; leave some values out")
     cells: list[Cell] = []
-    for backbone, data, seed in product(
-        sweep.backbones or (base.backbone,), sweep.data or (base.data.source,), sweep.seeds or (base.generate.seed,)
+    for backbone, data, seed, settled in product(
+        sweep.backbones or (base.backbone,),
+        sweep.data or (base.data.source,),
+        sweep.seeds or (base.generate.seed,),
+        settings,
     ):
-        group = Group(backbone, data, seed)
+        group = Group(backbone, data, seed, settled)
         here = [e for e in entries if backbone in (e[1].backbones or (backbone,)) and data in (e[1].data or (data,))]
         if sweep.baseline and here:
             bare = base if sweep.recipes else base.without_interventions()
@@ -127,6 +138,17 @@ def cells_of(recipe: Recipe) -> list[Cell]:
             raise recipe.fault(("sweep",), f"{words}; leave one of them out")
         folders[cell.folder] = cell
     return cells
+
+
+def _settings(recipe: Recipe, base: Recipe, sweep: Sweep) -> list[tuple[tuple[str, Any], ...]]:
+    """Every combination of the settings that a sweep varies; one empty one where it varies none."""
+    for name, values in sweep.set.items():
+        try:
+            for value in values:
+                base.with_sets([f"{name}={_word(value)}"])
+        except ProbeError as error:
+            raise recipe.fault(("sweep", "set", name), str(error)) from None
+    return [tuple(zip(sweep.set, values, strict=True)) for values in product(*sweep.set.values())]
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
@@ -252,6 +274,7 @@ def _at(recipe: Recipe, base: Recipe, group: Group) -> Recipe:
         if base.written(key):
             changes[key] = recipe.written(key) | base.written(key)
     made = recipe.replace(**{k: v for k, v in changes.items() if v})
+    made = made.with_sets([f"{name}={_word(value)}" for name, value in group.settings])
     return with_settings(made, group.backbone)  # as a run would, so that its trace is known by its hash
 
 

@@ -79,11 +79,18 @@ class One:
 
 
 def write(
-    path: Path, samples: Mapping[int, One], *, name: str = "r", keep: str = "50%", start: str = "0%", **header: object
+    path: Path,
+    samples: Mapping[int, One],
+    *,
+    name: str = "r",
+    keep: str = "50%",
+    start: str = "0%",
+    text: str = "",
+    **header: object,
 ) -> Path:
-    """A finished trace of these samples."""
+    """A finished trace of these samples; `text` is its recipe, by default one without a probe."""
     fields: dict[str, object] = {"backbone": "toy", "device": "cpu", **header}
-    head = TraceHeader(name, RECIPE.format(name=name, keep=keep, start=start), "1234", **fields)  # type: ignore[arg-type]
+    head = TraceHeader(name, text or RECIPE.format(name=name, keep=keep, start=start), "1234", **fields)  # type: ignore[arg-type]
     with TraceWriter(path, head, VARIABLES) as writer:
         for number, one in samples.items():
             writer.write(one.record(number))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -102,8 +102,12 @@ class Bench:
         return f"{model}, {asked.visual:,} visual + {asked.answer} answer, {asked.steps} steps"
 
     def prompt(self, shape: Shape | None = None, model: Backbone | None = None, sample: int = 0) -> Prompt:
-        """Random visual tokens before a random question, for this model."""
-        return prompt_of(model or self.model, shape or self.shape, self.seed + 1 + sample)
+        """Random visual tokens before a random question, for this model; made once, since turns that are timed ask."""
+        used, asked = model or self.model, shape or self.shape
+        key = ("prompt", id(used), asked, sample)
+        if key not in self.memo:
+            self.memo[key] = prompt_of(used, asked, self.seed + 1 + sample)
+        return cast(Prompt, self.memo[key])
 
     def rule(self, shape: Shape | None = None, caching: Caching | None = None, model: Backbone | None = None) -> Rule:
         """One block, the same number of tokens in every step."""

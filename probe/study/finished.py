@@ -15,6 +15,7 @@ from probe.errors import ProbeError
 from probe.recipe import Recipe, parse_recipe
 from probe.recipe_at import Steps, as_share
 from probe.recipe_words import Wrong
+from probe.study.printed import backbone_of, generation_of
 from probe.trace import Trace, open_trace
 from probe.trace_summary import unpruned_tokens
 
@@ -43,7 +44,7 @@ class Finished:
     `unpruned`: nothing intervened. `keep`: nominal retention, what the recipe's dial says, 0 where it selects `none`,
     else the smallest share of the visual tokens in any layer and step. `start`: share of the steps before the
     intervention. `kept`: mean share of the visual tokens over layers and steps, which is what the run cost. `totals`:
-    numbers of a harness by task.
+    numbers of a harness by task. `slots`: of the longest answer.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Finished:
     answers: tuple[Answer, ...]
     failed: int
     totals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    slots: int = 0
 
 
 def in_folder(folder: str | Path) -> list[Path]:
@@ -102,7 +104,7 @@ def finished(trace: Trace) -> Finished:
         backbone=trace.header.backbone,
         revision=trace.header.weights_revision,
         dtype=trace.header.dtype,
-        settings=_settings(recipe),
+        settings=settings_of(recipe),
         dials=dict(recipe.dial),
         seed=trace.header.seed,
         unpruned=unpruned,
@@ -113,6 +115,7 @@ def finished(trace: Trace) -> Finished:
         answers=_answers(trace, rows, recipe),
         failed=int(failed.sum()),
         totals=_totals(trace.path),
+        slots=max((trace.extents(row).get("position", 0) for row in rows), default=0),
     )
 
 
@@ -181,9 +184,18 @@ def _answers(trace: Trace, rows: list[int], recipe: Recipe) -> tuple[Answer, ...
     )
 
 
-def _settings(recipe: Recipe) -> str:
-    """How a recipe decodes, in one line, without its seed: only runs that decode alike share a table."""
+def settings_of(recipe: Recipe) -> str:
+    """How a recipe decodes, in one line, without its seed: only runs that decode alike share a table.
+
+    What the study sets for the recipe's benchmark is not said: a table has benchmarks of short and of long answers.
+    """
     said = {k: v for k, v in recipe.generate.model_dump(mode="json").items() if v is not None and k != "seed"}
+    usual = generation_of(backbone_of(recipe.backbone), recipe.data.lmms_eval or "")
+    if usual is not None:
+        own = {"gen_length": usual.gen_length, "block_length": usual.block_length, "steps": usual.steps}
+        own |= {"think": True} if usual.think else {}
+        if all(said.get(key) == value for key, value in own.items()):
+            said = {key: value for key, value in said.items() if key not in own}
     return ", ".join(f"{k} {v if isinstance(v, str | int | float) else json.dumps(v)}" for k, v in said.items())
 
 

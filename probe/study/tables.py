@@ -71,7 +71,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Counted:
     """Traces of one row: shards, seeds and tasks of the same settings."""
 
     label: str
@@ -88,13 +88,8 @@ def tables(found: Sequence[Finished], study: str | None = None) -> list[Table]:
     `study` names the study's backbone to stand beside; by default the likelier one of the two; `""` for none.
     """
     out = []
-    kinds = sorted({_kind(f) for f in found})
-    for kind in kinds:
-        own = [f for f in found if _kind(f) == kind]
-        backbone = kind[0]
-        beside = printed.backbone_of(backbone) if study is None else study
-        differs = [part for i, part in enumerate(kind) if i and len({k[i] for k in kinds if k[0] == backbone}) > 1]
-        title = backbone + (f" ({', '.join(part or 'as it comes' for part in differs)})" if differs else "")
+    for title, likelier, own in kinds_of(found):
+        beside = likelier if study is None else study
         first = [f for f in own if f.unpruned or not f.start]
         late = [f for f in own if not f.unpruned and f.start]
         bare = [f for f in own if f.unpruned]
@@ -102,6 +97,18 @@ def tables(found: Sequence[Finished], study: str | None = None) -> list[Table]:
             out.append(_by_retention(title, first, beside))
         if late:
             out.append(_by_start(title, [*bare, *late], beside))
+    return out
+
+
+def kinds_of(found: Sequence[Finished]) -> list[tuple[str, str, list[Finished]]]:
+    """Traces that may share a table: its title, the study's backbone that is likely beside it, and they."""
+    out = []
+    kinds = sorted({_kind(f) for f in found})
+    for kind in kinds:
+        backbone = kind[0]
+        differs = [part for i, part in enumerate(kind) if i and len({k[i] for k in kinds if k[0] == backbone}) > 1]
+        title = backbone + (f" ({', '.join(part or 'as it comes' for part in differs)})" if differs else "")
+        out.append((title, printed.backbone_of(backbone), [f for f in found if _kind(f) == kind]))
     return out
 
 
@@ -124,7 +131,7 @@ def printed_tables() -> list[Table]:
 # -------------------------------------------------------------------- from traces to rows
 
 
-def _runs(found: Iterable[Finished]) -> list[_Run]:
+def runs_of(found: Iterable[Finished]) -> list[Counted]:
     """Traces by row. The unpruned ones are one row; dials tell apart what would otherwise share one."""
     rows: dict[tuple[str, float, float, str], list[Finished]] = {}
     found = list(found)
@@ -140,7 +147,7 @@ def _runs(found: Iterable[Finished]) -> list[_Run]:
         label = printed.method_of(recipe) if recipe else "none"
         extra = [recipe] if len(names[label]) > 1 and label != recipe else []
         extra += [told] if told else []
-        out.append(_Run(label, f"{label} ({', '.join(extra)})" if extra else label, keep, start, tuple(traces)))
+        out.append(Counted(label, f"{label} ({', '.join(extra)})" if extra else label, keep, start, tuple(traces)))
     order = {name: i for i, name in enumerate(printed.METHODS)}
     return sorted(out, key=lambda r: (-r.keep, order.get(r.label, len(order)), r.recipe, r.start))
 
@@ -167,7 +174,7 @@ def _answers(traces: Iterable[Finished], task: str) -> list[Answer]:
     return list(found.values())
 
 
-def _measured(traces: Sequence[Finished], task: str) -> Estimate:
+def measured(traces: Sequence[Finished], task: str) -> Estimate:
     """A task's number over the traces of a row, in the study's scale; an interval where it is a mean."""
     answers = _answers(traces, task)
     whole = _harness_number(traces, task)
@@ -219,14 +226,14 @@ def _by_retention(title: str, found: Sequence[Finished], study: str) -> Table:
     tasks = _tasks(found)
     shorts = [name for name in dict.fromkeys(b for _, _, b in numbers) if name != printed.AVERAGE]
     columns = [(task, printed.benchmark_of(task) or task) for task in tasks] or [(name, name) for name in shorts]
-    runs = _runs(found) or _study_rows(numbers)
+    runs = runs_of(found) or _study_rows(numbers)
     unpruned = next((run for run in runs if run.label == "none"), None)
     notes = _notes(found, tasks, unpruned)
 
-    def row(run: _Run) -> Row:
+    def row(run: Counted) -> Row:
         percent = round(100 * run.keep)
         cells = tuple(
-            Cell(_measured(run.traces, task), numbers.get((run.label, percent, short), NAN)) for task, short in columns
+            Cell(measured(run.traces, task), numbers.get((run.label, percent, short), NAN)) for task, short in columns
         )
         average = Cell(
             Estimate(_average(run, unpruned, tasks)), numbers.get((run.label, percent, printed.AVERAGE), NAN)
@@ -249,7 +256,7 @@ def _by_start(title: str, found: Sequence[Finished], study: str) -> Table:
     if not found:
         cut = dict.fromkeys((b, s) for method, _, b, s in numbers if method != "none")
         columns = [(b, b, round(s)) for b, s in sorted(cut, key=lambda c: (list(printed.BENCHMARKS).index(c[0]), c[1]))]
-    runs = _runs(found) or _study_rows(numbers)
+    runs = runs_of(found) or _study_rows(numbers)
     unpruned = next((run for run in runs if run.label == "none"), None)
     rows: list[Row] = []
     for name in dict.fromkeys((run.recipe, run.keep, run.label) for run in runs):
@@ -259,7 +266,7 @@ def _by_start(title: str, found: Sequence[Finished], study: str) -> Table:
             at = [r for r in same if r.label == "none" or round(100 * r.start) == start]
             traces = [trace for run in at for trace in run.traces]
             place = 0 if name[2] == "none" else start
-            cells.append(Cell(_measured(traces, task), numbers.get((name[2], round(100 * name[1]), short, place), NAN)))
+            cells.append(Cell(measured(traces, task), numbers.get((name[2], round(100 * name[1]), short, place), NAN)))
         kept = [_kept(run) for run in same if not math.isnan(_kept(run))]
         whole = 100 * sum(kept) / len(kept) if kept else NAN
         rows.append(Row(name[0], _recipe(same[0]), 100 * name[1], whole, tuple(cells), Cell()))
@@ -267,17 +274,17 @@ def _by_start(title: str, found: Sequence[Finished], study: str) -> Table:
     return Table(title, "start", heads, _sections(rows), study if numbers else "", _notes(found, tasks, unpruned))
 
 
-def _study_rows(numbers: Iterable[tuple[object, ...]]) -> list[_Run]:
+def _study_rows(numbers: Iterable[tuple[object, ...]]) -> list[Counted]:
     """The study's own rows, in its order."""
     keys = dict.fromkeys((str(key[0]), float(str(key[1]))) for key in numbers)
-    return [_Run(method, method, retention / 100, 0.0, ()) for method, retention in keys]
+    return [Counted(method, method, retention / 100, 0.0, ()) for method, retention in keys]
 
 
-def _recipe(run: _Run) -> str:
+def _recipe(run: Counted) -> str:
     return run.traces[0].recipe if run.traces and run.label != "none" else ""
 
 
-def _kept(run: _Run) -> float:
+def _kept(run: Counted) -> float:
     """Mean share of the visual tokens over layers, steps and samples."""
     known = [(t.kept, len(t.answers)) for t in run.traces if not math.isnan(t.kept) and t.answers]
     return sum(k * n for k, n in known) / sum(n for _, n in known) if known else NAN
@@ -292,22 +299,22 @@ def _sections(rows: Sequence[Row]) -> tuple[Section, ...]:
     return tuple(Section(title, tuple(rows)) for title, rows in by_title.items())
 
 
-def _average(run: _Run, unpruned: _Run | None, tasks: Sequence[str]) -> float:
+def _average(run: Counted, unpruned: Counted | None, tasks: Sequence[str]) -> float:
     """The study's Avg. over the tasks that the unpruned row has; NaN if this row lacks one of them."""
     if unpruned is None or not unpruned.traces:
         return NAN
-    score: Callable[[_Run, str], float] = lambda r, task: _measured(r.traces, task).value  # noqa: E731
+    score: Callable[[Counted, str], float] = lambda r, task: measured(r.traces, task).value  # noqa: E731
     base = {task: score(unpruned, task) for task in tasks}
     base = {task: value for task, value in base.items() if not math.isnan(value) and value}
     own = {task: score(run, task) for task in base}
     return relative_average(own, base) if base and not any(map(math.isnan, own.values())) else NAN
 
 
-def _notes(found: Sequence[Finished], tasks: Sequence[str], unpruned: _Run | None) -> tuple[str, ...]:
+def _notes(found: Sequence[Finished], tasks: Sequence[str], unpruned: Counted | None) -> tuple[str, ...]:
     """What a reader must know before comparing: different samples, failures, averages that are not to be had."""
     notes = []
     for task in tasks:
-        sizes = {len(_answers(run.traces, task)) for run in _runs(found)} - {0}
+        sizes = {len(_answers(run.traces, task)) for run in runs_of(found)} - {0}
         if len(sizes) > 1:
             notes.append(
                 f"{task}: rows have between {min(sizes)} and {max(sizes)} samples, so they are of different ones"
@@ -317,6 +324,6 @@ def _notes(found: Sequence[Finished], tasks: Sequence[str], unpruned: _Run | Non
     if found and unpruned is None:
         notes.append("no unpruned run is among these traces, so there is no average")
     elif unpruned is not None and unpruned.traces:
-        zero = [task for task in tasks if not _measured(unpruned.traces, task).value]
+        zero = [task for task in tasks if not measured(unpruned.traces, task).value]
         notes += [f"{task}: the unpruned run scores 0, so the average leaves it out" for task in zero]
     return tuple(notes)

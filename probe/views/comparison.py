@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from probe.compare import Comparison, Divergence, LateStart, Run, StepDivergence
 from probe.intervals import Estimate
+from probe.views.comparison_committed import committed_tables
+from probe.views.comparison_parts import explained, grid
 from probe.views.table import flops_text
 
 _ROWS = 12  # of the table by step; a longer course is shown at chosen steps
@@ -22,7 +23,7 @@ _BAR = 10
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
-    """The comparison as tables: what is compared, answers, cost, divergence, late starts."""
+    """The comparison as tables: what is compared, answers, cost, divergence, late starts, commits."""
     c = comparison
     parts: list[RenderableType] = [_runs(c)]
     parts += [Text(f"! {warning}", style="bold yellow") for warning in c.warnings]
@@ -32,6 +33,8 @@ def render_comparison(comparison: Comparison) -> RenderableType:
         parts += [Text(), *_divergence(held, c.reference.label)]
     if c.late:
         parts += [Text(), *_late(c.late, c.reference.label)]
+    if c.committed:
+        parts += [Text(), *committed_tables(c.committed, c.runs, c.reference.label)]
     for run, divergence in held:
         parts += [Text(), *_by_step(run, divergence)]
     parts += _said_by_step([d for _, d in held], c.reference.label)
@@ -57,26 +60,8 @@ def to_csv(comparison: Comparison) -> str:
 # -------------------------------------------------------------------- the tables
 
 
-def _table(*columns: str, left: int = 1) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    for k, name in enumerate(columns):
-        table.add_column(name, justify="left" if k < left else "right", no_wrap=True)
-    return table
-
-
-def _said(*lines: str) -> list[RenderableType]:
-    """Explanations, one per number, wrapped with a hanging indent."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(no_wrap=True, style="dim")
-    grid.add_column(style="dim")
-    for line in lines:
-        name, _, words = line.partition(": ")
-        grid.add_row(f"{name}:", Text(words))
-    return [grid]
-
-
 def _runs(c: Comparison) -> RenderableType:
-    table = _table("", "run", "keep", "start", "other dials", "file", left=6)
+    table = grid("", "run", "keep", "start", "other dials", "file", left=6)
     table.columns[4].no_wrap = table.columns[5].no_wrap = False
     table.columns[5].overflow = "fold"
     files = [name.removesuffix(".trace.h5") for name in _telling([Path(r.path) for r in (c.reference, *c.runs)])]
@@ -107,7 +92,7 @@ def _telling(paths: Sequence[Path]) -> list[str]:
 
 
 def _answers(c: Comparison) -> Iterable[RenderableType]:
-    table = _table("answers", "score", "difference", "95 % interval", "agreement", "95 % interval", "changed")
+    table = grid("answers", "score", "difference", "95 % interval", "agreement", "95 % interval", "changed")
     for run in (c.reference, *c.runs):
         changed = run.divergence.changed.value if run.divergence else math.nan
         table.add_row(
@@ -117,7 +102,7 @@ def _answers(c: Comparison) -> Iterable[RenderableType]:
         )  # fmt: skip
     yield table
     a = c.reference.label
-    yield from _said(
+    yield from explained(
         f"score: mean over the {c.reference.score.n} samples that have a reference answer",
         f"difference: score - {a}'s score, mean over samples; paired t interval",
         f"agreement: share of the answer's tokens that equal {a}'s (loyalty); t interval",
@@ -126,7 +111,7 @@ def _answers(c: Comparison) -> Iterable[RenderableType]:
 
 
 def _cost(c: Comparison) -> Iterable[RenderableType]:
-    table = _table("cost", "visual kept", "at the end", "FLOPs", "ratio", "seconds", "ratio")
+    table = grid("cost", "visual kept", "at the end", "FLOPs", "ratio", "seconds", "ratio")
     for run in (c.reference, *c.runs):
         table.add_row(
             run.label, _percent(run.retention), _percent(run.retention_end), flops_text(run.flops),
@@ -142,7 +127,7 @@ def _cost(c: Comparison) -> Iterable[RenderableType]:
         lines.append("seconds: per sample; -: not timed without recording, so no speed is told")
     else:
         lines.append(f"seconds: per sample with nothing recorded; ratio: to {c.reference.label}'s")
-    yield from _said(*lines)
+    yield from explained(*lines)
 
 
 def _divergence(held: Sequence[tuple[Run, Divergence]], reference: str) -> Iterable[RenderableType]:
@@ -150,26 +135,26 @@ def _divergence(held: Sequence[tuple[Run, Divergence]], reference: str) -> Itera
     counts = ["n: samples that lost visual tokens; only these count here"]
     counts += ["none: no sample lost any, so all of them count"] * none
     if any(d.loss.n for _, d in held):
-        table = _table("information", "n", "loss", "95 % interval", "left", "restored", "95 % interval")
+        table = grid("information", "n", "loss", "95 % interval", "left", "restored", "95 % interval")
         for run, d in held:
             table.add_row(
                 run.label, str(d.loss.n if d.n else "none"), _number(d.loss.value), _interval(d.loss),
                 _number(d.left.value), _percent(d.restored.value), _interval(d.restored, "%"),
             )  # fmt: skip
         yield table
-        yield from _said(
+        yield from explained(
             *counts,
             f"loss: logit_kl = KL({a} || run) in nat, of slots open at the first pruned step",
             "left: the same slots' KL, each when it was last open; t interval of loss",
             "restored: 1 - left / loss; below 0: more was lost; bootstrap interval",
         )
         yield Text()
-    table = _table("answer slots", "n", "at stake", "95 % interval", "came back")
+    table = grid("answer slots", "n", "at stake", "95 % interval", "came back")
     for run, d in held:
         interval = _interval(d.stake, "%")
         table.add_row(run.label, str(d.n or "none"), _percent(d.stake.value), interval, f"{d.back} of {d.ever}")
     yield table
-    yield from _said(
+    yield from explained(
         *counts,
         f"at stake: of the slots open when pruning began, those that ended unlike {a}'s",
         f"came back: slots unlike {a}'s at some step, and how many of them ended like it",
@@ -183,7 +168,7 @@ def _divergence(held: Sequence[tuple[Run, Divergence]], reference: str) -> Itera
 
 def _late(late: Sequence[LateStart], reference: str) -> Iterable[RenderableType]:
     a = reference
-    table = _table("late start", "s", "score", "line", f"line ({a})", "surplus", "95 % interval", "late", "early")
+    table = grid("late start", "s", "score", "line", f"line ({a})", "surplus", "95 % interval", "late", "early")
     for one in late:
         table.add_row(
             f"{one.label} after {one.zero}", f"{one.start:.0%}", _number(one.score), _number(one.line),
@@ -192,7 +177,7 @@ def _late(late: Sequence[LateStart], reference: str) -> Iterable[RenderableType]
         )  # fmt: skip
     yield table
     zero = late[0].zero if len({x.zero for x in late}) == 1 else "start 0"
-    yield from _said(
+    yield from explained(
         f"s: share of the steps before pruning; {zero} prunes from step 0 on",
         f"line: s + (1 - s) x {zero}'s score: committed tokens right, the rest as poor as {zero}",
         f"line ({a}): s x {a}'s score + (1 - s) x {zero}'s score: committed as right as {a}",
@@ -207,7 +192,7 @@ def _by_step(run: Run, divergence: Divergence) -> Iterable[RenderableType]:
     kl = any(not math.isnan(r.kl) for r in rows)
     scale = max((r.kl for r in rows if not math.isnan(r.kl)), default=0.0) if kl else 1.0
     origin = "first pruned step" if divergence.n else "first step"
-    table = _table(f"{run.label} by step", "n", "tokens differ", "less sure by", *(["KL (nat)"] if kl else []), "")
+    table = grid(f"{run.label} by step", "n", "tokens differ", "less sure by", *(["KL (nat)"] if kl else []), "")
     table.columns[-1].justify = "left"
     for row in rows:
         name = f"{row.step:+d}" if row.step else f"0  {origin}"
@@ -224,7 +209,7 @@ def _said_by_step(held: Sequence[Divergence], reference: str) -> list[Renderable
         return []
     a = reference
     with_kl = any(not math.isnan(r.kl) for d in held for r in d.by_step)
-    return _said(
+    return explained(
         "by step: counted from each sample's first pruned one (-1: before it)",
         "n: samples that at least one of both runs was denoising",
         f"tokens differ: of the slots filled in both, those with a token unlike {a}'s",

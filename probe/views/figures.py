@@ -20,6 +20,7 @@ from probe.views.figure_attention import attention_mass
 from probe.views.figure_cost import cost, tradeoff
 from probe.views.figure_data import Wanted, variables_like
 from probe.views.figure_decoding import commit_order, confidence
+from probe.views.figure_late import late_pruning
 from probe.views.figure_style import STYLE, need_matplotlib
 from probe.views.figure_visual import importance, retention
 
@@ -67,6 +68,10 @@ FIGURES: Mapping[str, Figure] = {
     "tradeoff": Figure(
         "score against FLOPs, seconds and visual tokens of several runs, with the Pareto front",
         tradeoff, ("score", "visual_tokens", "flops_unrecorded", "seconds_unrecorded"), (), many=True,
+    ),
+    "late_pruning": Figure(
+        "score left when pruning begins with the first step, and when later (the study's figure 1)",
+        late_pruning, ("score", "visual_tokens"), (), many=True,
     ),
 }  # fmt: skip
 """Every figure by name."""

@@ -98,12 +98,13 @@ def write_tables(rows: Rows, folder: Path) -> tuple[Path, ...]:
         out = csv.writer(file)
         measured = ("seconds", "speed", "flops", "visual_tokens", "retention")
         fields = ("n", "score", "score_half_width", "agreement", *measured)
-        out.writerow(["backbone", "data", "seed", "recipe", "dials", *fields, "trace"])
+        out.writerow(["backbone", "data", "seed", "settings", "recipe", "dials", *fields, "trace"])
         for group, found in rows.items():
             for cell, row in found:
                 dials = json.dumps(dict(cell.dials), ensure_ascii=False) if cell.dials else ""
                 known = [getattr(row, name) for name in fields]
                 shown = ["" if isinstance(v, float) and math.isnan(v) else v for v in known]
                 trace = cell.trace(Path()).as_posix()
-                out.writerow([group.backbone, group.data, group.seed, cell.label, dials, *shown, trace])
+                who = (group.backbone, group.data, group.seed, ", ".join(group.settled), cell.label, dials)
+                out.writerow([*who, *shown, trace])
     return markdown, values

@@ -80,6 +80,29 @@ def test_a_recipe_is_varied_by_itself() -> None:
     assert [c.title for c in cells_of(alone)] == grid
 
 
+def test_settings_are_varied_for_the_unpruned_run_too() -> None:
+    text = GRID.replace("  seeds: [0, 7]\n", "  set: {generate.steps: [2, 8], generate.gen_length: 16}\n")
+    cells = [
+        c for c in cells_of(parse_recipe(text)) if c.group.backbone == "miniature" and c.group.data == "world/long"
+    ]
+    titles = ["unpruned", "random keep=50%", "random keep=0.25", "withdrawn layer=2", "withdrawn layer=3", "none"]
+    assert [(c.recipe.generate.steps, c.title) for c in cells] == [(steps, t) for steps in (2, 8) for t in titles]
+    assert {c.recipe.generate.gen_length for c in cells} == {16}
+    assert [c.group.title for c in cells[::6]] == [
+        f"miniature, world/long, steps {steps}, gen_length 16" for steps in (2, 8)
+    ]
+    assert len({c.folder for c in cells}) == len(cells) and "steps-8" in cells[-1].folder
+    assert cells[-1].recipe.generate.temperature == 0.5, "beside an entry's own settings"
+
+
+def test_backbones_can_be_told_on_the_command_line() -> None:
+    recipe = load_recipe("study/restoration", ["sweep.backbones=[miniature-ar, my/seed1]", "sweep.data=world/describe"])
+    assert {(c.group.backbone, c.group.data) for c in cells_of(recipe)} == {
+        ("miniature-ar", "world/describe"),
+        ("my/seed1", "world/describe"),
+    }
+
+
 def test_the_name_of_a_folder_changes_with_what_is_done_to_a_sample_and_not_with_how_many() -> None:
     def folders(text: str) -> list[str]:
         return [c.folder for c in cells_of(parse_recipe(text))]
@@ -109,6 +132,9 @@ WRONG = {
     "the same run twice": ("prune/none", "prune/random", "the same"),
     "a probe that intervenes": ("record: [confidence]", "do: drop", "can only record"),
     "a setting that does not exist": ("generate.temperature", "generate.temprature", "temperature"),
+    "a setting of a sweep that does not exist": ("seeds: [0, 7]", "set: {generate.stepz: [2]}", "steps"),
+    "a setting that is no setting": ("seeds: [0, 7]", "set: {data.limit: [2]}", "dials stand under `dial`"),
+    "a seed as a setting": ("seeds: [0, 7]", "set: {generate.seed: [2]}", "seeds under `seeds`"),
     "a negative seed": ("seeds: [0, 7]", "seeds: [-1]", "seeds"),
     "more than anybody waits for": ("seeds: [0, 7]", f"seeds: {list(range(20_001))}", "10,000"),
 }

@@ -169,6 +169,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             exec(compile(code.replace("trace, 3)", "trace, 1)"), "compare.md", "exec"), {"__name__": "__snippet__"})
         printed.append(out.getvalue())
     assert len(printed) == 2
-    assert "2 runs against A, paired over 2 samples" in printed[0] and "B divprune 25% 0.25\n" in printed[0]
+    assert "3 runs against A, paired over 2 samples" in printed[0] and "B divprune 25% 0.25\n" in printed[0]
     assert "late start" in printed[0] and "C after B" in printed[0]
+    assert "C (D)" in printed[0] and "B: none of these runs is blind" in printed[0]
     assert printed[1].endswith("{'kept': 48, 'dropped': 144}\n") and Path("page.gif").stat().st_size > 1000

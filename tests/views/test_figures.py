@@ -481,6 +481,7 @@ def test_the_default_is_what_the_trace_asks_for(even: Path, tmp_path: Path) -> N
 def test_the_list_names_every_figure() -> None:
     assert [name for name, _ in list_figures()] == [
         "attention_mass", "confidence", "commit_order", "retention", "importance", "cost", "tradeoff",
+        "late_pruning",
     ]  # fmt: skip
     assert all(len(said) < 110 for _, said in list_figures())
 
@@ -566,6 +567,8 @@ def test_every_command_of_the_page_draws_what_it_names(tmp_path: Path, monkeypat
             words = [limit if before == "--limit" else word for before, word in zip(["", *words], words, strict=False)]
             words += [] if "--limit" in words else ["--limit", limit]
             words += ["--set", "generate.gen_length=8", "--set", "generate.steps=4"]  # short answers will do
+        if words[1] == "sweep":
+            words += ["--limit", "1", "--set", "sweep.data=world/short", "--set", "sweep.backbones=miniature"]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as end:
             cli.main()
