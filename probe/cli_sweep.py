@@ -40,10 +40,11 @@ def sweep(
         int | None, typer.Option(min=1, help="With --on ray: how many; default: as many as the cluster has devices.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="With --on ray: GPUs of each worker, where there are any.")] = 1,
+    figures: Annotated[bool, typer.Option(help="When all runs are done, draw them as well.")] = True,
     plan: Annotated[bool, typer.Option("--plan", help="Only list the runs, and which are done.")] = False,
     plugin: PluginOption = None,
 ) -> None:
-    """Run every combination of a recipe's `sweep`, or what is left of it, and end with the table."""
+    """Run every combination of a recipe's `sweep`, or what is left of it, and end with tables and figures."""
     from probe.plugins import load_plugins
     from probe.stopping import Stopped
     from probe.sweep_jobs import Job, start_jobs
@@ -111,7 +112,7 @@ def sweep(
         status = stopped.status if isinstance(stopped, Stopped) else 130
         err.print(f"stopped; everything that was finished is kept. To go on: {command}", highlight=False, markup=False)
         raise typer.Exit(status) from None
-    _report(result)
+    _report(result, figures)
     raise typer.Exit(1 if result.failures or any(row.failed for rows in result.rows.values() for _, row in rows) else 0)
 
 
@@ -146,7 +147,8 @@ def _plan(recipe: Recipe, where: Path) -> None:
     out.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
-def _report(result: SweepResult) -> None:
+def _report(result: SweepResult, figures: bool) -> None:
+    from probe.views.sweep_figures import write_figures, write_study
     from probe.views.sweep_table import render_sweep
 
     out.print(render_sweep(result.rows))
@@ -155,8 +157,15 @@ def _report(result: SweepResult) -> None:
         err.print(f"{failure.unit.title}: {failure.reason}", highlight=False, markup=False)
     if result.open:
         err.print(f"{result.open} runs are not done; the same command goes on with them", highlight=False)
-    if result.tables:
-        out.print("tables: " + ", ".join(map(str, result.tables)), highlight=False, markup=False)
+    if written := [*result.tables, *write_study(result.rows, result.folder)]:
+        out.print("tables: " + ", ".join(map(str, written)), highlight=False, markup=False)
+    if figures and not result.open:
+        with err.status("drawing"):
+            drawn, notes = write_figures(result.rows, result.folder)
+        for words in notes:
+            _note(words)
+        if drawn:
+            out.print("figures: " + ", ".join(path.name for path in drawn), highlight=False, markup=False)
     out.print(f"traces: {result.folder}", highlight=False, markup=False)
 
 
