@@ -70,6 +70,10 @@ class Bench:
     """What two rows have in common (measured once)."""
 
     @cached_property
+    def _prompts(self) -> dict[tuple[Backbone, Shape, int], Prompt]:
+        return {}
+
+    @cached_property
     def model(self) -> Backbone:
         """The backbone that is measured."""
         if self.published is None:
@@ -102,8 +106,12 @@ class Bench:
         return f"{model}, {asked.visual:,} visual + {asked.answer} answer, {asked.steps} steps"
 
     def prompt(self, shape: Shape | None = None, model: Backbone | None = None, sample: int = 0) -> Prompt:
-        """Random visual tokens before a random question, for this model."""
-        return prompt_of(model or self.model, shape or self.shape, self.seed + 1 + sample)
+        """Random visual tokens before a random question, for this model; made once, so that no time is spent on it."""
+        used, asked = model or self.model, shape or self.shape
+        key = used, asked, sample
+        if key not in self._prompts:
+            self._prompts[key] = prompt_of(used, asked, self.seed + 1 + sample)
+        return self._prompts[key]
 
     def rule(self, shape: Shape | None = None, caching: Caching | None = None, model: Backbone | None = None) -> Rule:
         """One block, the same number of tokens in every step."""
