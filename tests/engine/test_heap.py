@@ -16,6 +16,7 @@ def one():
     with torch.inference_mode():
         for size in (6_000_000, 2_000_000, 12_000_000):  # floats: up to 48 MB, more than glibc's heap takes by itself
             x = torch.empty(size).fill_(1.0)
+            del x
 one(); one()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5): one()
@@ -35,10 +36,9 @@ def test_passes_take_no_new_pages() -> None:
     said, count = faults()
     if said != "True":
         pytest.skip("this C library has no such setting")
-    assert count < 500  # a 48 MB tensor alone has 12,000
+    assert 4 * count < faults(MALLOC_TRIM_THRESHOLD_="131072")[1]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_settings_of_the_environment_stand() -> None:
-    said, count = faults(MALLOC_TRIM_THRESHOLD_="131072")
-    assert said == "False" and count > 5 * 12_000 // 2
+    assert faults(MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"

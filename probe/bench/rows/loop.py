@@ -26,7 +26,7 @@ def run(bench: Bench) -> list[Line]:
             shape=bench.sized(visual=192, question=20, answer=32, steps=16),
             device=bench.device,
             dtype=bench.dtype,
-            repeats=4 * bench.repeats,
+            repeats=2 * bench.repeats,
             published="miniature",
         )
         out.append(_loop(small, "loop", "the same on the embedded miniature (6 layers of 192)", MINIATURE))
