@@ -22,7 +22,8 @@ ONCE_LARGEST = 32 << 20
 def keep_freed() -> bool:
     """Have the C library keep what is freed, once per process; returns whether it does.
 
-    Nothing is done where it is not glibc, or where the environment has settings of its own (`MALLOC_...`, `GLIBC_TUNABLES`).
+    Nothing is done where it is not glibc, or where the environment has settings of its own (`MALLOC_...`,
+    `GLIBC_TUNABLES`).
     """
     if not sys.platform.startswith("linux") or any(n.startswith(("MALLOC_", "GLIBC_TUNABLES")) for n in os.environ):
         return False
