@@ -6,6 +6,7 @@ study's tables, and those for people who write pruners, stand in the files `prob
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 import warnings
@@ -41,6 +42,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def begin() -> None:
+    """A command begins."""
+    gc.freeze()
+    gc.enable()
 
 
 @app.command()

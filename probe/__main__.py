@@ -6,6 +6,7 @@ no global module called `cli` is taken; in a checkout it is loaded from beside t
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def load_cli() -> ModuleType:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. Nothing looks for garbage until a command begins: what is made until then stays."""
+    gc.disable()
     load_cli().main()
 
 

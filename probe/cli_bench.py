@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from probe.cli_common import err, out
 from probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from probe.bench.line import Line
 
 app = typer.Typer()
 
@@ -62,18 +65,32 @@ def bench(
         answer=answer,
         width=width,
     )
-    with err.status("measuring") as status:
-        lines = measure(
-            bench, wanted, steps=steps, repeats=repeats, on_row=lambda name: status.update(f"measuring {name}")
-        )
     told = conditions(bench)
-    lines += [] if rows and "full" not in rows else not_measured(lines)
-    out.print(render(lines, told))
-    if file is not None:
+
+    def write(lines: list[Line]) -> None:
+        """What there is so far: a long run that is stopped keeps its rows."""
+        if file is None:
+            return
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.with_suffix(".md").write_text(markdown(lines, told), encoding="utf-8")
             file.with_suffix(".json").write_text(as_json(lines, told), encoding="utf-8")
         except OSError as error:
             raise ProbeError(f"cannot write {file}: {error.strerror}") from None
+
+    write([])
+    with err.status("measuring") as status:
+        lines = measure(
+            bench,
+            wanted,
+            steps=steps,
+            repeats=repeats,
+            on_row=lambda name: status.update(f"measuring {name}"),
+            on_lines=write,
+        )
+    told = conditions(bench)
+    lines += [] if rows and "full" not in rows else not_measured(lines)
+    out.print(render(lines, told))
+    write(lines)
+    if file is not None:
         out.print(f"wrote {file.with_suffix('.md')} and {file.with_suffix('.json')}", highlight=False)

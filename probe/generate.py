@@ -16,6 +16,7 @@ from probe.backbones.base import Backbone, Prompt
 from probe.canvas import make_canvas
 from probe.compile import ProbeTable
 from probe.decoding.draw import draws
+from probe.heap import keep_freed
 from probe.looking import Recorder
 from probe.loop import Finished, Rule, Step, denoise
 from probe.probe_code import CodeProbe
@@ -63,6 +64,8 @@ def generate(
     numbers = list(samples) if samples is not None else list(range(len(prompts)))
     device = prompts[0].embeds.device
     watch = watch or Stopwatch(device)
+    if device.type == "cpu":
+        keep_freed()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()

@@ -33,15 +33,32 @@ Attended = tuple[int, QuerySet, Form]
 """Attention of one layer, from one set of query rows, in one form."""
 
 
+BLOCK = 64
+"""Values of a variable that are allocated together on a CPU."""
+
+
 class Recorder:
     """Recorded values on the device, by variable: `(pass, layer or None) -> (batch, ...)`."""
 
     def __init__(self) -> None:
         self.values: dict[str, dict[tuple[int, int | None], Tensor]] = {}
+        self._blocks: dict[tuple[str, torch.Size, torch.dtype], tuple[Tensor, int]] = {}
 
     def add(self, name: str, pass_index: int, layer: int | None, value: Tensor) -> None:
         """Keep a value until the sample ends."""
-        self.values.setdefault(name, {})[pass_index, layer] = value
+        kept = self._packed(name, value) if value.device.type == "cpu" else value
+        self.values.setdefault(name, {})[pass_index, layer] = kept
+
+    def _packed(self, name: str, value: Tensor) -> Tensor:
+        """The value in a block of many: the C library's heap would grow by megabytes around each small one that stays
+        while large ones come and go beside it.
+        """
+        key = name, value.shape, value.dtype
+        block, used = self._blocks.get(key, (value[None], BLOCK))
+        if used == BLOCK:
+            block, used = value.new_empty(BLOCK, *value.shape), 0
+        self._blocks[key] = block, used + 1
+        return block[used].copy_(value)
 
 
 @dataclass

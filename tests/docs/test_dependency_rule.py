@@ -77,6 +77,7 @@ EXACTLY: dict[str, set[str]] = {
     "data.totals": set(),
     "data.metrics": {"data.benchmarks", "data.letters", "data.strings", "data.vqa"},
     "timing": set(),
+    "heap": set(),
     "attend": {"parallel", "site"},
     "parallel": set(),
     "trace_journal": set(),

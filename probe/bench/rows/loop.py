@@ -10,6 +10,7 @@ from probe.bench.equality import TOLERANCE, same_answer
 from probe.bench.line import Line, Target
 from probe.bench.shapes import Bench
 from probe.bench.turns import take_turns
+from probe.heap import by_default
 
 TARGET = Target("at most", 1.01)
 MINIATURE = Target("reported")
@@ -26,7 +27,7 @@ def run(bench: Bench) -> list[Line]:
             shape=bench.sized(visual=192, question=20, answer=32, steps=16),
             device=bench.device,
             dtype=bench.dtype,
-            repeats=4 * bench.repeats,
+            repeats=2 * bench.repeats,
             published="miniature",
         )
         out.append(_loop(small, "loop", "the same on the embedded miniature (6 layers of 192)", MINIATURE))
@@ -73,23 +74,27 @@ def run_published(bench: Bench) -> list[Line]:
         ours, theirs = results["ours"].arrays, results["theirs"]
         return same_answer("published", "the engine", ours, "theirs", theirs, TOLERANCE[bench.dtype])
 
-    turns = take_turns(
-        {
-            "ours": bench.answer,
-            "theirs": lambda: plain.published(model, prompt, shape.answer, shape.steps),
-        },
-        bench.repeats,
-        check,
-    )
+    def theirs() -> plain.Looked:
+        return plain.published(model, prompt, shape.answer, shape.steps)
+
+    def as_it_is() -> plain.Looked:
+        with by_default():
+            return theirs()
+
+    turns = take_turns({"ours": bench.answer, "theirs": as_it_is, "our heap": theirs}, bench.repeats, check)
     return [
         Line(
             row="published",
-            what="published loop (every row through the head, float64 softmax) / ours",
-            target=PUBLISHED,
-            value=turns.ratio("theirs", "ours"),
-            cpu=turns.ratio("theirs", "ours", cpu=True),
+            what="published loop (every row through the head, float64 softmax) / ours" + more,
+            target=bound,
+            value=turns.ratio(side, "ours"),
+            cpu=turns.ratio(side, "ours", cpu=True),
             equal=turns.equal,
             shape=bench.told(),
-            numbers={"seconds": turns.seconds("ours").median, "seconds_published": turns.seconds("theirs").median},
+            numbers={"seconds": turns.seconds("ours").median, "seconds_published": turns.seconds(side).median},
+        )
+        for side, more, bound in (
+            ("theirs", "", PUBLISHED),
+            ("our heap", ", if it also kept freed memory", Target("reported")),
         )
     ]

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from probe.bench.equality import same_tokens
 from probe.bench.line import Line, Target
 from probe.bench.rows.recording import RECIPE
 from probe.bench.shapes import NOTHING, Bench, Shape, table_of
-from probe.bench.turns import Spread, spread
+from probe.bench.turns import spread
 from probe.errors import ProbeError
 
 EXTRA = Target("at most", 0.05, "%")
@@ -26,30 +26,21 @@ STEPS = Target("at most", 0.005, "%")
 
 
 def run(bench: Bench) -> list[Line]:
-    """Extra peak memory of recording at every step and layer, and what twice as many steps add to it."""
-    repeats = 1 if bench.quick else min(bench.repeats, 3)
-    twice = replace(bench, shape=bench.sized(steps=2 * bench.shape.steps), memo={})
-    peaks: dict[str, list[float]] = {"none": [], "recording": [], "twice": [], "none twice": []}
-    for _ in range(repeats):
-        sides = [
-            ("none", bench, False),
-            ("recording", bench, True),
-            ("none twice", twice, False),
-            ("twice", twice, True),
-        ]
-        tokens: dict[str, Any] = {}
-        for name, conditions, recording in sides:
-            peak, tokens[name] = in_process(conditions, recording=recording)
-            peaks[name].append(peak)
-        equal = same_tokens("memory", "recording", tokens["recording"], "no recording", tokens["none"])
-        same_tokens("memory", "recording", tokens["twice"], "no recording", tokens["none twice"])
-    extra = _share(peaks, "recording", "none")
-    grown = [
-        (b - bb) / bb - (a - aa) / aa
-        for a, aa, b, bb in zip(peaks["recording"], peaks["none"], peaks["twice"], peaks["none twice"], strict=True)
-    ]
-    added = (peaks["recording"][0] - peaks["none"][0]) / 2**20
-    more = (peaks["twice"][0] - peaks["none twice"][0]) / 2**20
+    """Extra peak memory of recording at every step and layer, and what twice as many steps add to it.
+
+    A process runs the steps, then twice as many: what that adds to its peak is what grew.
+    """
+    peaks: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for _ in range(1 if bench.quick else min(bench.repeats, 3)):
+        tokens: dict[bool, Any] = {}
+        for recording in (False, True):
+            (first, second), tokens[recording] = in_process(bench, recording=recording)
+            peaks[recording].append((first, second))
+        for on, off in zip(tokens[True], tokens[False], strict=True):
+            equal = same_tokens("memory", "recording", on, "no recording", off)  # once, and twice the steps
+    extra = spread([(on - off) / off for (on, _), (off, _) in zip(peaks[True], peaks[False], strict=True)])
+    grown = spread([(twice - once) / once for once, twice in peaks[True]])
+    (once, twice), (without, _) = peaks[True][0], peaks[False][0]
     kind = "resident set of the process" if bench.device == "cpu" else "allocated on the device"
     shared: dict[str, Any] = {"row": "memory", "equal": equal, "shape": bench.told()}
     return [
@@ -57,32 +48,32 @@ def run(bench: Bench) -> list[Line]:
             what="extra peak memory of the recording, of the peak without",
             target=EXTRA,
             value=extra,
-            note=f"{added:+.1f} of {peaks['none'][0] / 2**20:.0f} MB, {kind}",
-            numbers={name: values[0] for name, values in peaks.items()},
+            note=f"{(once - without) / 2**20:+.1f} of {without / 2**20:.0f} MB, {kind}",
+            numbers={"bytes": once, "bytes_none": without},
             **shared,
         ),
         Line(
-            what="how much more of it with twice as many steps",
+            what="what twice as many steps add to the peak with recording",
             target=STEPS,
-            value=spread(grown),
-            note=f"{added:+.1f} MB with {bench.shape.steps} steps, {more:+.1f} MB with {twice.shape.steps}",
+            value=grown,
+            note=f"{(twice - once) / 2**20:+.1f} MB from {bench.shape.steps} steps to {2 * bench.shape.steps}",
             **shared,
         ),
     ]
 
 
-def _share(peaks: dict[str, list[float]], with_it: str, without: str) -> Spread:
-    return spread([(a - b) / b for a, b in zip(peaks[with_it], peaks[without], strict=True)])
+def in_process(bench: Bench, *, recording: bool) -> tuple[tuple[float, float], list[list[list[int]]]]:
+    """Peak bytes, and tokens, of the steps and then of twice as many in a fresh process.
 
-
-def in_process(bench: Bench, *, recording: bool) -> tuple[float, list[list[int]]]:
-    """Peak bytes and tokens of one run in a fresh process. Raises `ProbeError` if that process fails."""
+    Raises `ProbeError` if that process fails.
+    """
     command = [sys.executable, "-m", "probe.bench.rows.memory", json.dumps(told(bench, recording=recording))]
     done = subprocess.run(command, capture_output=True, text=True, env=own_path(), check=False)
     if done.returncode:
         raise ProbeError(f"bench row `memory`: its process failed: {done.stderr.strip()[-400:]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    return float(found["peak"]), found["tokens"]
+    first, second = found["peaks"]
+    return (first, second), found["tokens"]
 
 
 def told(bench: Bench, *, recording: bool) -> dict[str, Any]:
@@ -102,17 +93,20 @@ def own_path() -> dict[str, str]:
 
 
 def child(told: dict[str, Any]) -> None:
-    """Run as one is told, and print the peak and the tokens."""
+    """Run as one is told, then with twice the steps, and print both peaks and both runs' tokens."""
     import torch
 
     torch.set_num_threads(told.pop("threads"))
     recording = told.pop("recording")
     bench = Bench(shape=Shape(**told.pop("shape")), **told)
     table = table_of(bench.model, RECIPE, []) if recording else NOTHING
+    peaks, tokens = [], []
     fresh = bench.device == "cpu" and _forget_peak()
-    result = bench.answer(table)
-    peak = _peak() if fresh else float(result.arrays["peak_memory"])
-    print(json.dumps({"peak": peak, "tokens": result.arrays["token"].tolist()}))
+    for steps in (bench.shape.steps, 2 * bench.shape.steps):
+        result = bench.answer(table, shape=bench.sized(steps=steps))
+        peaks.append(_peak() if fresh else float(result.arrays["peak_memory"]))
+        tokens.append(result.arrays["token"].tolist())
+    print(json.dumps({"peaks": peaks, "tokens": tokens}))
 
 
 def _forget_peak() -> bool:

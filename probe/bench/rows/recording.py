@@ -14,6 +14,7 @@ from probe.bench.equality import TOLERANCE, same_answer, same_tokens, same_value
 from probe.bench.line import Line, Target
 from probe.bench.shapes import Bench, table_of
 from probe.bench.turns import take_turns
+from probe.heap import by_default
 
 RECIPE = """
 schema: 1
@@ -55,10 +56,10 @@ def run(bench: Bench) -> list[Line]:
 
 def run_eager(bench: Bench) -> list[Line]:
     """An eager run with `output_attentions=True` and the same reductions, against our recording."""
-    out = [_eager(bench, EAGER)]
+    out = _eager(bench, EAGER)
     if bench.published is None and bench.shape.width >= 512:
         changed = bench.sized(visual=LONG, steps=1, layers=min(bench.shape.layers, 2 if bench.quick else 4))
-        out.append(_eager(replace_shape(bench, changed), EAGER_LONG))
+        out += _eager(replace_shape(bench, changed), EAGER_LONG)
     return out
 
 
@@ -67,7 +68,7 @@ def replace_shape(bench: Bench, shape: Any) -> Bench:
     return replace(bench, shape=shape, memo={})
 
 
-def _eager(bench: Bench, target: Target) -> Line:
+def _eager(bench: Bench, target: Target) -> list[Line]:
     model, shape, prompt = bench.model, bench.shape, bench.prompt()
     table, tolerance = table_of(model, RECIPE, []), TOLERANCE[bench.dtype]
 
@@ -86,21 +87,29 @@ def _eager(bench: Bench, target: Target) -> Line:
         told += [same_values("eager", name, a, b, tolerance) for name, (a, b) in pairs.items()]
         return ", ".join(told)
 
-    turns = take_turns(
-        {
-            "ours": lambda: bench.answer(table),
-            "eager": lambda: plain.eager(model, prompt, shape.answer, shape.steps),
-        },
-        bench.repeats,
-        check,
-    )
-    return Line(
-        row="eager",
-        what=f"eager with output_attentions and the same reductions / ours, {shape.visual:,} visual tokens",
-        target=target,
-        value=turns.ratio("eager", "ours"),
-        cpu=turns.ratio("eager", "ours", cpu=True),
-        equal=turns.equal,
-        shape=bench.told(),
-        numbers={"seconds": turns.seconds("ours").median, "seconds_eager": turns.seconds("eager").median},
-    )
+    def eager() -> plain.Looked:
+        return plain.eager(model, prompt, shape.answer, shape.steps)
+
+    def as_it_is() -> plain.Looked:
+        with by_default():
+            return eager()
+
+    sides = {"ours": lambda: bench.answer(table), "eager": as_it_is, "eager, our heap": eager}
+    turns = take_turns(sides, bench.repeats, check)
+    what = f"eager with output_attentions and the same reductions / ours, {shape.visual:,} visual tokens"
+    return [
+        Line(
+            row="eager",
+            what=what + more,
+            target=bound,
+            value=turns.ratio(side, "ours"),
+            cpu=turns.ratio(side, "ours", cpu=True),
+            equal=turns.equal,
+            shape=bench.told(),
+            numbers={"seconds": turns.seconds("ours").median, "seconds_eager": turns.seconds(side).median},
+        )
+        for side, more, bound in (
+            ("eager", "", target),
+            ("eager, our heap", ", if it also kept freed memory", Target("reported")),
+        )
+    ]

@@ -25,7 +25,7 @@ def run(bench: Bench) -> list[Line]:
 
 
 def _at(bench: Bench, visual: int) -> Line:
-    layers = min(bench.shape.layers, 2) if bench.quick else bench.shape.layers
+    layers = min(bench.shape.layers, 2 if visual > 1024 else 8) if bench.quick else bench.shape.layers
     here = replace(bench, shape=bench.sized(visual=visual, layers=layers, steps=min(bench.shape.steps, 2)), memo={})
     if bench.published is not None:
         here.__dict__["model"] = bench.model
