@@ -28,6 +28,7 @@ from probe.scores.raters import raters
 from probe.site import Form, QuerySet, Reweight, Role
 from probe.surgery import Layout
 from probe.timing import Stopwatch
+from probe.upload import upload
 
 Attended = tuple[int, QuerySet, Form]
 """Attention of one layer, from one set of query rows, in one form."""
@@ -211,7 +212,7 @@ class Looking:
             return keys.role == int(Role[name.upper()])
         rows = getattr(self._request, name)
         width = max(1, *(len(r) for r in rows))
-        padded = torch.tensor([[*r, *[-2] * (width - len(r))] for r in rows], device=keys.row.device)
+        padded = upload([[*r, *[-2] * (width - len(r))] for r in rows], keys.row.device)
         return (keys.row[:, :, None] == padded[:, None]).any(-1)
 
     def reduce(self, layer: int, keys: Layout) -> None:
@@ -321,13 +322,13 @@ class Looking:
         elif queries in ("raters", "raters_answer"):
             return self._raters(layout, with_answer=queries == "raters_answer")
         elif queries == "last":
-            per_sample = [torch.tensor([n - behind - 1], device=device) for n in layout.length]
+            per_sample = [upload([n - behind - 1], device) for n in layout.length]
         else:
             start = [_start_rows(queries, self._request, b, self._backbone.shift) for b in range(layout.batch)]
             if any(not rows for rows in start):
                 return None
             width = max(len(rows) for rows in start)
-            padded = torch.tensor([rows + rows[-1:] * (width - len(rows)) for rows in start], device=device)
+            padded = upload([rows + rows[-1:] * (width - len(rows)) for rows in start], device)
             located = layout.locate(padded)
             per_sample = [located[b, : len(rows)] for b, rows in enumerate(start)]
         if any(rows.shape[0] == 0 for rows in per_sample):
@@ -359,7 +360,7 @@ class Looking:
             text = canvas.rows_of(Role.QUESTION, b) + (request.computed[b] if with_answer else [])
             if not text or not canvas.layout.n_visual[b]:
                 return None
-            uids = torch.tensor(text, dtype=torch.int64, device=canvas.layout.row.device)
+            uids = upload(text, canvas.layout.row.device, torch.int64)
             embeds = canvas.embeds[b]
             seen = embeds.index_select(0, canvas.layout.visual_rows[b])
             self._spent += 2 * seen.shape[0] * len(text) * embeds.shape[1]

@@ -30,6 +30,7 @@ from probe.decoding.policy import Ask, Change, Decision, State, Work
 from probe.decoding.rule import Rule
 from probe.errors import ProbeError
 from probe.site import Clock, Phase
+from probe.upload import upload
 
 __all__ = ["Event", "Finished", "Forward", "Pass", "PassResult", "Rule", "Step", "denoise"]
 
@@ -170,10 +171,10 @@ def denoise(
     rule.caching.check(rule, forward.shift)
     check_fit(rule.unmasking, rule.caching, shift=forward.shift)
     state = _begin(canvas, rule, mask_embed, noise, forward.shift)
-    tokens = torch.from_numpy(state.tokens).to(device)
+    tokens = upload(state.tokens, device)
     if rule.prior:
         at = [state.first + slot for slot, _ in rule.prior]
-        rows = torch.from_numpy(state.rows[:, at]).to(device)
+        rows = upload(state.rows[:, at], device)
         canvas.write(rows, embed(tokens[:, at]), torch.ones_like(rows, dtype=torch.bool))
 
     outdated = False
@@ -193,7 +194,7 @@ def denoise(
         ask = _within(state, ask, work, computed)
         clock = _clock(state, ask, work.phase)
         if ask.show is not None:
-            shown_rows = torch.from_numpy(state.rows[:, ask.columns]).to(device)
+            shown_rows = upload(state.rows[:, ask.columns], device)
             canvas.write(shown_rows, embed(ask.show), torch.ones_like(ask.show, dtype=torch.bool))
         request = _request(state, canvas, ask, work, clock, computed, guided=rule.cfg_scale > 0)
         result = forward(request)
@@ -228,7 +229,7 @@ def denoise(
             candidate=decision.candidate,
             confidence=decision.confidence,
             score=decision.score,
-            eligible=torch.from_numpy(ask.eligible).to(device),
+            eligible=upload(ask.eligible, device),
             committed=decision.commit,
             counts=list(ask.counts),
             active=list(ask.active),
@@ -265,7 +266,7 @@ def denoise(
 
 def _stuck(decision: Decision, ask: Ask) -> bool:
     """Whether every slot that may be committed has NaN for a prediction (some may), and nothing else was done."""
-    eligible = torch.from_numpy(ask.eligible).to(decision.commit.device)
+    eligible = upload(ask.eligible, decision.commit.device)
     if decision.remask is not None or not bool(eligible.any()):
         return False
     return bool(decision.confidence.isnan()[eligible].all())
@@ -360,8 +361,8 @@ def _request(
     return Pass(
         clock=clock,
         canvas=canvas,
-        rows=torch.from_numpy(rows).to(state.device),
-        previous=torch.from_numpy(previous).to(state.device),
+        rows=upload(rows, state.device),
+        previous=upload(previous, state.device),
         masked=[slots[b][masks[b] & computed[b, first:]].tolist() for b in range(state.batch)],
         filled=[slots[b][~masks[b] & computed[b, first:]].tolist() for b in range(state.batch)],
         work=work,
@@ -392,7 +393,7 @@ def _carry_out(
     state.written = np.zeros_like(state.masked)
     if len(columns) == 0:
         return tokens
-    at = torch.from_numpy(columns).to(state.device)
+    at = upload(columns, state.device)
     commit, candidate = decision.commit, decision.candidate
     shown, changed = candidate, commit
     remask = decision.remask
@@ -431,8 +432,8 @@ def _fill(
     state.written = state.written | new
     state.filled_at = np.where(new, state.passes - 1, state.filled_at)
     state.masked = np.where(new, state.tokens == state.rule.mask_id, state.masked)
-    tokens = torch.from_numpy(state.tokens).to(state.device)
-    rows, where = torch.from_numpy(state.rows).to(state.device), torch.from_numpy(new).to(state.device)
+    tokens = upload(state.tokens, state.device)
+    rows, where = upload(state.rows, state.device), upload(new, state.device)
     canvas.write(rows[:, state.first :], embed(tokens)[:, state.first :], where[:, state.first :])
     return tokens
 
@@ -454,11 +455,11 @@ def _change(
         raise ProbeError(f"slots can only come and go one sample at a time, not in a batch of {state.batch}")
     if change.insert or change.delete:
         canvas = _resize(state, canvas, change, mask_embed)
-        tokens = torch.from_numpy(state.tokens).to(state.device)
+        tokens = upload(state.tokens, state.device)
     if change.fill:
         at = list(change.fill)
-        ids = torch.tensor([list(change.fill.values())] * state.batch, device=state.device)
-        rows = torch.from_numpy(state.rows[:, at]).to(state.device)
+        ids = upload([list(change.fill.values())] * state.batch, state.device)
+        rows = upload(state.rows[:, at], state.device)
         canvas.write(rows, embed(ids), torch.ones_like(ids, dtype=torch.bool))
         tokens = tokens.clone()
         tokens[:, at] = ids

@@ -17,6 +17,7 @@ from probe.project import projected_attention
 from probe.scores.rotary import ones_attention
 from probe.site import Role, Site
 from probe.surgery import Layout
+from probe.upload import upload
 
 if TYPE_CHECKING:
     from probe.compile import BoundProbe
@@ -234,7 +235,7 @@ class SampleSource:
         rows = self._state.request.canvas.rows_of(Role.QUESTION, self._b)
         if self._state.request.work.prompt != "all":
             raise ProbeError(f"{self._at()}: this pass computes no rows of the question")
-        return layout.locate_in(self._b, torch.tensor(rows, dtype=torch.int64, device=self.device))
+        return layout.locate_in(self._b, upload(rows, self.device, torch.int64))
 
     def _text_hidden(self, params: Mapping[str, Any]) -> Tensor:
         return self._hidden[self._b].index_select(0, self._text_places(self._layout))
@@ -245,7 +246,7 @@ class SampleSource:
     def _text_keys(self, params: Mapping[str, Any]) -> Tensor:
         assert self._probe.layer is not None
         rows = self._state.request.canvas.rows_of(Role.QUESTION, self._b)
-        uids = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        uids = upload(rows, self.device, torch.int64)
         return self._state.looking.keys(self._probe.layer + params.get("layer", 0), self._b, uids, self._probe.name)
 
     # -- noise ----------------------------------------------------------------------------------------------------

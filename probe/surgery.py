@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from probe.site import Plan, Role
+from probe.upload import upload
 
 Positions = Literal["keep", "compact"]
 """`keep`: survivors keep their rotary positions. `compact`: they are renumbered 0..n-1."""
@@ -184,7 +185,7 @@ def narrow(layout: Layout, plans: Sequence[Plan | None], *, positions: Positions
     if positions == "compact":
         extra = (1,) * (position.dim() - 2)
         count = torch.arange(width, device=device).reshape(1, width, *extra).expand_as(position)
-        cut = torch.tensor([plan is not None for plan in plans], device=device).reshape(-1, 1, *extra)
+        cut = upload([plan is not None for plan in plans], device).reshape(-1, 1, *extra)
         position = torch.where(cut, count, position)  # a sample that lost nothing keeps what it had
         for b, plan in enumerate(plans):
             if plan is not None:
@@ -324,7 +325,7 @@ def select(layout: Layout, prompt: Literal["all", "none", "last"], tail: np.ndar
         place[b, :k] = np.arange(n - k, n)
         place[b, k : k + tail.shape[1]] = n + tail[b]
         real[b, : k + tail.shape[1]] = True
-    index, alive = torch.from_numpy(place).to(device), torch.from_numpy(real).to(device)
+    index, alive = upload(place, device), upload(real, device)
     visual_rows, other_rows = [], []
     nothing = torch.empty(0, dtype=torch.int64, device=device)
     for b, k in enumerate(kept):
@@ -399,10 +400,10 @@ def resize(layout: Layout, source: np.ndarray, fresh: np.ndarray) -> tuple[Layou
     device = layout.row.device
     n_prompt = layout.length[0] - layout.tail[0]
     order = np.concatenate([np.arange(n_prompt), np.where(source < 0, 0, n_prompt + source)])
-    index = torch.from_numpy(order).to(device)[None]
-    new = torch.from_numpy(np.concatenate([np.zeros(n_prompt, bool), source < 0])).to(device)[None]
+    index = upload(order, device)[None]
+    new = upload(np.concatenate([np.zeros(n_prompt, bool), source < 0]), device)[None]
     row = layout.row.gather(1, index)
-    row[new] = torch.from_numpy(fresh).to(device)
+    row[new] = upload(fresh, device)
     role = layout.role.gather(1, index).masked_fill(new, int(Role.ANSWER))
     visual = layout.visual.gather(1, index).masked_fill(new, -1)
     position = take(layout.position, index)

@@ -18,6 +18,7 @@ from probe.decoding.policy import Ask, Decision, State, Unmasking
 from probe.decoding.propose import gumbel
 from probe.decoding.rule import Rule
 from probe.errors import ProbeError
+from probe.upload import upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ class Blockwise(Unmasking):
         candidate = noisy_argmax(state, logits)
         confidence = scores.confidence(logits.double().softmax(-1), candidate)
         score = self.score(state, ask, logits, candidate, confidence)
-        eligible = torch.from_numpy(ask.eligible).to(logits.device)
+        eligible = upload(ask.eligible, logits.device)
         return Decision(candidate, confidence, score, self.choose(state, ask, score, eligible))
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from probe.upload import upload
+
 
 def rank(score: Tensor, eligible: Tensor) -> Tensor:
     """The rank of every slot, 1 the best, `(batch, slot)` int64; ineligible slots come after all eligible ones."""
@@ -26,7 +28,7 @@ def rank(score: Tensor, eligible: Tensor) -> Tensor:
 
 def top_k(score: Tensor, eligible: Tensor, counts: Sequence[int]) -> Tensor:
     """The `counts[b]` best slots of sample b."""
-    return (rank(score, eligible) <= torch.tensor(counts, device=score.device)[:, None]) & eligible
+    return (rank(score, eligible) <= upload(counts, score.device)[:, None]) & eligible
 
 
 def first(eligible: Tensor) -> Tensor:

@@ -11,13 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from probe.upload import upload
+
 Remasking = Literal["low_confidence", "random"]
 
 
 def suppress(logits: Tensor, ids: Sequence[int]) -> Tensor:
     """`logits` with the given vocabulary entries at -inf (in place)."""
     if ids:
-        logits[..., list(ids)] = -torch.inf
+        logits.index_fill_(-1, upload(list(ids), logits.device), -torch.inf)
     return logits
 
 
