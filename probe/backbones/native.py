@@ -19,6 +19,8 @@ from probe.backbones.placement import DISK, likely_device, place
 from probe.errors import ProbeError
 
 _MOST = 5
+SMALL = 1 << 28
+"""Bytes of weights that are read too quickly for a progress bar."""
 
 
 def native_config(kind: Any, checkpoint: Checkpoint, kernels: Mapping[str, str]) -> Any:
@@ -68,8 +70,10 @@ def load_native(
         settings["device_map"] = dict(placement.places)
     if tp_plan is not None:
         settings |= _parallel(kind, checkpoint, config, tp_plan, device_map)
-    before = logging.get_verbosity()
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # the report becomes an error of ours
+    if sum(path.stat().st_size for path in checkpoint.files) < SMALL:
+        logging.disable_progress_bar()
     try:
         model, report = kind.from_pretrained(
             checkpoint.folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
@@ -79,6 +83,8 @@ def load_native(
         raise ProbeError(f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {reason})") from error
     finally:
         logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
     kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
     wrong = [f"{len(report[key])} {said}: {_some(report[key])}" for said, key in kinds.items() if report[key]]
     if wrong:
