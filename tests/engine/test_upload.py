@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
@@ -20,7 +22,7 @@ def test_values_and_types_are_kept() -> None:
 
 def test_the_copy_is_one_that_nobody_waits_for() -> None:
     class Asked(torch.Tensor):
-        asked: list[dict[str, object]] = []
+        asked: ClassVar[list[dict[str, object]]] = []
 
         def to(self, *args: object, **kwargs: object) -> torch.Tensor:
             Asked.asked.append(kwargs)
