@@ -39,13 +39,23 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Processor threads; default: as many as torch takes.")
     ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            help="Processes of one thread that share the rows; default 1, with --quick on a CPU of two cores 2.",
+        ),
+    ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Timed turns of every pair; default: the row's.")] = None,
     file: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write FILE.md and FILE.json as well.")
     ] = None,
 ) -> None:
     """Measure what instrumentation costs and what pruning gains, with the target beside every figure."""
-    from probe.bench.settings import listing, prepared
+    from probe.bench.settings import listing, prepared, shared_by
+    from probe.bench.share import measure_shared
     from probe.bench.suite import ROWS, chosen, measure
     from probe.bench.table import as_json, conditions, markdown, not_measured, render
 
@@ -53,19 +63,13 @@ def bench(
         out.print(listing(ROWS), highlight=False, markup=False, soft_wrap=True)
         return
     wanted = chosen([name.strip() for name in rows.split(",")] if rows else [], backbone)
-    bench = prepared(
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        quick=quick,
-        backbone=backbone,
-        random_weights=random_weights,
-        layers=layers,
-        tokens=tokens,
-        answer=answer,
-        width=width,
-    )
-    told = conditions(bench)
+    settings: dict[str, Any] = {
+        "device": device, "dtype": dtype, "quick": quick, "backbone": backbone, "random_weights": random_weights,
+        "layers": layers, "tokens": tokens, "answer": answer, "width": width,
+    }  # fmt: skip
+    shared = shared_by(jobs, threads, quick=quick, device=device)
+    bench = prepared(threads=1 if shared > 1 else threads, **settings)
+    told = conditions(bench, shared)
 
     def write(lines: list[Line]) -> None:
         """What there is so far: a long run that is stopped keeps its rows."""
@@ -80,15 +84,18 @@ def bench(
 
     write([])
     with err.status("measuring") as status:
-        lines = measure(
-            bench,
-            wanted,
-            steps=steps,
-            repeats=repeats,
-            on_row=lambda name: status.update(f"measuring {name}"),
-            on_lines=write,
-        )
-    told = conditions(bench)
+        if shared > 1:
+            lines = measure_shared(wanted, shared, settings, steps=steps, repeats=repeats, on_lines=write)
+        else:
+            lines = measure(
+                bench,
+                wanted,
+                steps=steps,
+                repeats=repeats,
+                on_row=lambda name: status.update(f"measuring {name}"),
+                on_lines=write,
+            )
+    told = conditions(bench, shared)
     lines += [] if rows and "full" not in rows else not_measured(lines)
     out.print(render(lines, told))
     write(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -53,6 +54,22 @@ def prepared(
         random_weights=random_weights,
         published_layers=layers if backbone is not None else None,
     )
+
+
+def shared_by(jobs: int | None, threads: int | None, *, quick: bool, device: str) -> int:
+    """How many processes share the rows. Raises `ProbeError` for what cannot be shared.
+
+    Each has one thread: two would share the short sequences of a pruned run out worse than the long ones of an
+    unpruned one, which is not what the rows are about.
+    """
+    on_cpu = pick_device(device) == "cpu"
+    if jobs is None:
+        return 2 if quick and on_cpu and threads is None and (os.cpu_count() or 1) > 1 else 1
+    if jobs > 1 and not on_cpu:
+        raise ProbeError("--jobs shares a processor's cores; on a GPU the rows run one after the other")
+    if jobs > 1 and threads not in (None, 1):
+        raise ProbeError(f"--threads {threads}: processes that share the rows (--jobs) have one thread each")
+    return jobs
 
 
 def listing(rows: Iterable[Row]) -> str:

@@ -18,8 +18,8 @@ from probe.bench.shapes import Bench
 from probe.bench.suite import FULL, ROWS, command_of
 
 
-def conditions(bench: Bench) -> dict[str, str]:
-    """Where the numbers come from."""
+def conditions(bench: Bench, jobs: int = 1) -> dict[str, str]:
+    """Where the numbers come from; `jobs` processes shared the rows."""
     on_gpu = bench.device.startswith("cuda")
     kernel = "sdpa"
     if "model" in bench.__dict__:
@@ -28,7 +28,8 @@ def conditions(bench: Bench) -> dict[str, str]:
         "device": torch.cuda.get_device_name(bench.device) if on_gpu else _processor(),
         "dtype": bench.dtype,
         "kernel": kernel,
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()}"
+        + (f", in each of {jobs} processes that share the rows" if jobs > 1 else ""),
         "load": " ".join(f"{x:.2f}" for x in os.getloadavg()) + " (1, 5, 15 minutes)",
         "versions": f"python {platform.python_version()}, torch {version('torch')}, "
         f"transformers {version('transformers')}",
