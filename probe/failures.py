@@ -6,6 +6,7 @@ import gc
 
 import torch
 
+from probe import heap
 from probe.errors import ProbeError
 
 MOST_NOTES = 10
@@ -34,6 +35,7 @@ def reason_of(error: BaseException) -> str:
 def free_memory() -> None:
     """Give back what a failed sample held. Call it when nothing refers to its exception any more."""
     gc.collect()
+    heap.give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -61,3 +61,14 @@ def by_default() -> Iterator[None]:
     finally:
         if mallopt is not None:
             _keep()
+
+
+def give_back() -> bool:
+    """Return to the system what the heap holds freed, now; whether the C library can. For after a run that failed."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return False
+    return bool(trim(0))
