@@ -109,17 +109,22 @@ def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return keys * cos[:, None] + turned * sin[:, None]
 
 
+INPUTS = ("input_ids", "suffix.input_ids", "kept_index")
+OF_THE_ORIGINAL = ("attention_mask_ignored.max_abs_diff",)
+"""Quantities that say something of the original alone: what it does with a mask that ours is never given."""
+
+
 def forward_cases(root: Path) -> Iterator[tuple[str, Any]]:
     """Every quantity of `forward.safetensors` under every kernel; a layer's number belongs to the quantity."""
     path = root / "forward.safetensors"
     for quantity in sorted({re.sub(r"\.\d+$", "", key) for key in tensors(path)}):
-        if quantity not in ("input_ids", "suffix.input_ids", "kept_index"):
+        if quantity not in (*INPUTS, *OF_THE_ORIGINAL):
             for kernel in KERNELS:
                 yield f"{quantity}-{kernel}", (root, quantity, kernel)
 
 
-def check_forward(case: tuple[Path, str, str]) -> tuple[Tensor, Tensor, str] | None:
-    """What we get, what the original gave, and which tolerance applies; None for what says nothing of us."""
+def check_forward(case: tuple[Path, str, str]) -> tuple[Tensor, Tensor, str]:
+    """What we get, what the original gave, and which tolerance applies."""
     root, quantity, kernel = case
     stored, model = tensors(root / "forward.safetensors"), model_of(root, kernel)
     want = stored.get(quantity)
@@ -152,7 +157,7 @@ def check_forward(case: tuple[Path, str, str]) -> tuple[Tensor, Tensor, str] | N
         found = forward(model, suffix, position_ids=positions[None], past_key_values=store)
         name = quantity.removeprefix("suffix.")
         return found[name], want, "attention" if name == "attentions" else "logits"
-    return None
+    raise AssertionError(f"nothing is known of the quantity {quantity}")
 
 
 def image_of(root: Path, told: dict[str, Any]) -> Image.Image:
@@ -211,8 +216,8 @@ def observed(root: Path, name: str, kernel: str) -> dict[str, Tensor]:
     }
 
 
-def check_vision(case: tuple[Path, dict[str, Any], str], kernel: str) -> tuple[Tensor, Tensor, float] | None:
-    """What we get, what the original gave, and the tolerance; None for quantities that nothing is known of."""
+def check_vision(case: tuple[Path, dict[str, Any], str], kernel: str) -> tuple[Tensor, Tensor, float]:
+    """What we get, what the original gave, and the tolerance."""
     root, told, quantity = case
     name = told["name"]
     model, want = model_of(root), tensors(root / "vision.safetensors")[f"{name}.{quantity}"]
@@ -224,7 +229,8 @@ def check_vision(case: tuple[Path, dict[str, Any], str], kernel: str) -> tuple[T
             "pixel_values_row200": lambda: views[:, :, 200],
             "pixel_values_mean_std": lambda: torch.stack([views.mean((2, 3)), views.std((2, 3))]),
         }
-        return (found[quantity](), want, 1e-5) if quantity in found else None
+        assert quantity in found, f"nothing is known of the quantity {quantity}"
+        return found[quantity](), want, 1e-5
     if quantity in ("tower_features_view0", "projected_view0", "pooled"):
         views, features = encoded(root, name)
         if quantity == "tower_features_view0":
@@ -239,7 +245,8 @@ def check_vision(case: tuple[Path, dict[str, Any], str], kernel: str) -> tuple[T
         "last_hidden_rows": TOLERANCE["hidden"],
         "attention_rows": TOLERANCE["attention"],
     }
-    return (observed(root, name, kernel)[quantity], want, kinds[quantity]) if quantity in kinds else None
+    assert quantity in kinds, f"nothing is known of the quantity {quantity}"
+    return observed(root, name, kernel)[quantity], want, kinds[quantity]
 
 
 def check_roles(case: tuple[Path, dict[str, Any]]) -> None:

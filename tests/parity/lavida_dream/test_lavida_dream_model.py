@@ -22,20 +22,14 @@ from lavida_reference import (
 
 @pytest.mark.cases("lavida_dream", forward_cases)
 def test_forward(case: Any, near: Any) -> None:
-    found = check_forward(case)
-    if found is None:
-        pytest.skip(f"{case[1]} is about the original alone")
-    got, want, kind = found
+    got, want, kind = check_forward(case)
     near(got, want, TOLERANCE[kind])
 
 
 @pytest.mark.cases("lavida_dream", vision_cases)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_vision(case: Any, kernel: str, near: Any) -> None:
-    found = check_vision(case, kernel)
-    if found is None:
-        pytest.skip(f"nothing is known of the quantity {case[2]}")
-    near(*found)
+    near(*check_vision(case, kernel))
 
 
 @pytest.mark.cases("lavida_dream", image_cases)
